@@ -1,0 +1,243 @@
+"""Sources: from the paths in a recipe to the files that they name, in an order that never changes.
+
+A new kind of source is a function that gives :class:`SourceFile` entries; a new file format is a reader in
+:mod:`genscale.data.formats`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from genscale.data import compressed
+from genscale.recipe.data import Source
+from genscale.runtime.errors import UserError, nearest
+
+STANDARD_LIBRARY = "python:stdlib"
+HUGGING_FACE = "hf:"
+
+_FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source, or one split of a Hugging Face dataset."""
+
+    source: int
+    """Number of the source in the recipe."""
+    name: str
+    """The source as the recipe names it."""
+    url: str
+    """What opens it: a local path, a URL for fsspec, or the name of a dataset."""
+    path: str
+    """Within the source, with ``/`` on every system."""
+    size: int | None
+    """Bytes as stored (for a dataset, in memory); None when the server does not say."""
+    version: str
+    """Changes when the file does: modification time, entity tag or fingerprint."""
+    format: str
+    """``text``, ``jsonl``, ``csv``, ``parquet`` or ``hf``."""
+    compression: str | None
+    text: str
+    """Column or key that holds the text."""
+    split: str
+    licence: str | None
+
+    @property
+    def local(self) -> bool:
+        return "://" not in self.url and self.format != "hf"
+
+    def open(self) -> BinaryIO:
+        """The file's bytes, decompressed, for sequential reading (and seeking, where it is not compressed)."""
+        try:
+            if self.local:
+                raw: BinaryIO = open(self.url, "rb")  # noqa: SIM115 (the caller closes it)
+            else:
+                import fsspec
+
+                raw = fsspec.open(self.url, "rb").open()
+        except Exception as error:  # each file system raises its own kinds
+            raise UserError(f"data.sources[{self.source}]: cannot read {self.url}: {_reason(error)}") from None
+        return compressed.reader(raw, self.compression) if self.compression else raw
+
+
+def list_files(sources: Sequence[Source]) -> list[SourceFile]:
+    """The files of all sources: in the order of the recipe, and by path within each.
+
+    Raises:
+        UserError: there are no sources, or one of them has no file or cannot be reached.
+    """
+    if not sources:
+        raise UserError("data.sources is empty; expected at least one file, folder, glob, URL, or 'python:stdlib'")
+    return [file for number, source in enumerate(sources) for file in _list_source(number, source)]
+
+
+def _list_source(number: int, source: Source) -> list[SourceFile]:
+    where = f"data.sources[{number}]"
+    licence = source.licence
+    if source.path.startswith(HUGGING_FACE):
+        return [_dataset(number, source)]
+    if source.path == STANDARD_LIBRARY:
+        entries = _standard_library()
+        licence = licence or "PSF-2.0"
+    elif "://" in source.path:
+        entries = _list_remote(where, source.path)
+    else:
+        entries = _list_local(where, source.path)
+    exclude = [_glob_expression(pattern) for pattern in source.exclude]
+    files = []
+    for path, url, size, version in sorted(entries):
+        if any(expression.fullmatch(path) for expression in exclude):
+            continue
+        stem, compression = compressed.split_ending(path)
+        format = source.format
+        if format == "auto":
+            format = _FORMATS.get(PurePosixPath(stem).suffix.lower(), "text")  # type: ignore[assignment]
+        files.append(
+            SourceFile(
+                source=number,
+                name=source.path,
+                url=url,
+                path=path,
+                size=size,
+                version=version,
+                format=format,
+                compression=compression,
+                text=source.text,
+                split=source.split,
+                licence=licence,
+            )
+        )
+    if not files:
+        left = ", all of them excluded by its 'exclude'" if entries and exclude else ""
+        raise UserError(f"{where}: '{source.path}' matches no file{left}")
+    return files
+
+
+Entry = tuple[str, str, int | None, str]
+"""Path within the source, what opens it, size, version."""
+
+
+def _local_entry(file: Path, root: Path) -> Entry:
+    status = file.stat()
+    return file.relative_to(root).as_posix(), str(file), status.st_size, str(status.st_mtime_ns)
+
+
+def _list_local(where: str, path: str) -> list[Entry]:
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return [_local_entry(file, place) for file in _walk(place)]
+    if place.exists():
+        return [_local_entry(place, place.parent)]
+    if glob.has_magic(path):
+        parts = place.parts
+        fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        root = Path(*parts[:fixed])
+        matches = (root / match for match in glob.glob(str(Path(*parts[fixed:])), root_dir=root, recursive=True))
+        return [_local_entry(match, root) for match in matches if match.is_file()]
+    siblings = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+    raise UserError(f"{where}: there is no file or folder '{path}'{nearest(place.name, siblings)}")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files below a folder, without hidden files and folders."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(root, name)
+            if not name.startswith(".") and file.is_file():
+                yield file
+
+
+def _list_remote(where: str, url: str) -> list[Entry]:
+    import fsspec
+
+    protocol = url.split("://", 1)[0]
+    try:
+        system, place = fsspec.core.url_to_fs(url)
+        if "*" in url:
+            found = [entry for entry in system.glob(place, detail=True).values() if entry["type"] == "file"]
+            root = place.split("*", 1)[0].rpartition("/")[0]
+        elif protocol not in ("http", "https") and system.isdir(place):
+            found = list(system.find(place, detail=True).values())
+            root = place
+        else:
+            found = [{**system.info(place), "name": place}]
+            root = place.rpartition("/")[0]
+    except ImportError as error:
+        raise UserError(f"{where}: '{url}' needs a library: {error}; try pip install 'genscale[cloud]'") from None
+    except Exception as error:  # each file system raises its own kinds
+        raise UserError(f"{where}: cannot read '{url}': {_reason(error)}") from None
+    root = root.rstrip("/") + "/"
+    return [
+        (entry["name"].removeprefix(root), system.unstrip_protocol(entry["name"]), entry.get("size"), _version(entry))
+        for entry in found
+    ]
+
+
+def _version(entry: dict[str, Any]) -> str:
+    keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+    return next((str(entry[key]) for key in keys if entry.get(key)), "")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _standard_library() -> list[Entry]:
+    """Python's own sources, without installed packages and the generated tables of ``encodings``."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (file for file in _walk(root) if file.suffix == ".py")
+    skipped = {"site-packages", "dist-packages", "encodings", "__pycache__"}
+    return [_local_entry(file, root) for file in files if skipped.isdisjoint(file.relative_to(root).parts)]
+
+
+def _dataset(number: int, source: Source) -> SourceFile:
+    from genscale.data.huggingface import load
+
+    name = source.path.removeprefix(HUGGING_FACE)
+    dataset = load(name, source.split, where=f"data.sources[{number}]")
+    return SourceFile(
+        source=number,
+        name=source.path,
+        url=name,
+        path=source.split,
+        size=dataset.data.nbytes,
+        version=dataset._fingerprint,
+        format="hf",
+        compression=None,
+        text=source.text,
+        split=source.split,
+        licence=source.licence or dataset.info.license or None,
+    )
+
+
+def _glob_expression(pattern: str) -> re.Pattern[str]:
+    """A glob in which ``*`` stays within a folder and ``**`` does not; one without ``/`` is met at any depth."""
+    if "/" not in pattern:
+        pattern = f"**/{pattern}"
+    expression = ""
+    for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern, flags=re.DOTALL):
+        if token.startswith("[") and len(token) > 1:
+            expression += "[^" + token[2:] if token[1] == "!" else token
+        else:
+            special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+            expression += special.get(token, re.escape(token))
+    return re.compile(expression, flags=re.DOTALL)

@@ -1,0 +1,169 @@
+"""The work on a unit: measure, survey or encode it. Outputs are written aside and renamed when they are whole."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from genscale.data.documents import Document, fraction_of, measure
+from genscale.data.encoding import UnitWriter, utf8_length
+from genscale.data.formats import Intake, Report, read
+from genscale.data.store import documents_schema
+from genscale.data.tokenizer import Tokenizer
+from genscale.data.units import UNIT, Job, Tick
+from genscale.recipe.data import TextData
+from genscale.runtime.files import checksum, sync_folder, write_atomically
+
+_BATCH = 1 << 22  # characters that are written at once
+
+
+def perform(job: Job, tick: Tick) -> Any:
+    """Do the job, unless its finished output is there. Returns what :func:`measure` or the unit's summary says."""
+    if job.task == "measure":
+        (piece,) = job.unit.pieces
+        with piece.file.open() as stream:
+            return measure(stream, UNIT, tick)
+    finished = job.folder / f"{job.unit.number:06d}"
+    summary = _finished(finished)
+    if summary is not None:
+        return summary
+    aside = job.folder / f".{job.unit.number:06d}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        summary = survey(job, aside, tick) if job.task == "survey" else encode(job, aside, tick)
+        summary["files"] = {file.name: checksum(file) for file in sorted(aside.iterdir())}
+        write_atomically(aside / "summary.json", json.dumps(summary))
+        sync_folder(aside)
+        if finished.exists():  # damaged, or finished meanwhile by an orphan of an earlier attempt
+            shutil.rmtree(finished)
+        os.rename(aside, finished)
+        sync_folder(job.folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return summary
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a unit whose output is there and whole."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        whole = all(checksum(folder / name) == expected for name, expected in summary["files"].items())
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return summary if whole else None
+
+
+def parts(document: Document, data: TextData) -> list[tuple[str, int, int]]:
+    """Which characters of a document are in which split: (split, first, beyond the last)."""
+    if data.split.by == "tail":
+        boundary = int(document.characters * (1 - data.split.validation))
+        cuts = [("train", 0, boundary), ("validation", boundary, document.characters)]
+        return [part for part in cuts if part[1] < part[2]]
+    held_out = fraction_of(data.seed, "split", document.hash) < data.split.validation
+    return [("validation" if held_out else "train", 0, document.characters)]
+
+
+def _pieces_of(document: Document, data: TextData) -> Iterator[tuple[str, str, bool]]:
+    """The document's text block by block: (split, text, whether the part of the split ends with it)."""
+    layout = parts(document, data)
+    position = document.first_character
+    for block in document.blocks():
+        for split, first, beyond in layout:
+            start, stop = max(first, position), min(beyond, position + len(block))
+            if start < stop:
+                whole = start == position and stop == position + len(block)
+                text = block if whole else block[start - position : stop - position]
+                yield split, text, stop == beyond
+        position += len(block)
+
+
+def _intakes(job: Job) -> dict[int, Intake]:
+    """One intake, with its report, for each source in the unit."""
+    sources = {piece.file.source for piece in job.unit.pieces}
+    return {source: Intake(job.data.undecodable, job.data.damaged, Report()) for source in sorted(sources)}
+
+
+def _summary(intakes: dict[int, Intake], **facts: object) -> dict[str, Any]:
+    return {"reports": {str(source): intake.report.to_dict() for source, intake in intakes.items()}, **facts}
+
+
+def survey(job: Job, folder: Path, tick: Tick) -> dict[str, Any]:
+    """What must be known before the tokenizer: how documents split; characters, or text to train it on.
+
+    The text is written to ``text.arrow``: blocks with a priority, a pure function of the document's hash.
+    """
+    import pyarrow as pa
+
+    data = job.data
+    intakes = _intakes(job)
+    characters: set[str] = set()
+    schema = pa.schema([("priority", pa.float64()), ("text", pa.large_string())])
+    kept: list[dict[str, Any]] = []
+    waiting = 0
+    with pa.OSFile(str(folder / "text.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as table:
+
+        def write() -> None:
+            nonlocal waiting
+            table.write_table(pa.Table.from_pylist(kept, schema=schema))
+            kept.clear()
+            waiting = 0
+
+        for piece in job.unit.pieces:
+            intake = intakes[piece.file.source]
+            for document in read(piece, intake):
+                for number, (split, text, ends) in enumerate(_pieces_of(document, data)):
+                    if ends:
+                        intake.report.count(split, "documents", 1)
+                    if data.tokenizer.kind == "characters":
+                        characters.update(text)
+                    elif split == "train":
+                        priority = fraction_of(data.seed, "tokenizer", document.hash, document.first_character, number)
+                        if priority < job.sampled:
+                            kept.append({"priority": priority, "text": text})
+                            waiting += len(text)
+                            if waiting > _BATCH:
+                                write()
+                    tick(utf8_length(text))
+        write()
+    return _summary(intakes, characters="".join(sorted(characters)))
+
+
+def encode(job: Job, folder: Path, tick: Tick) -> dict[str, Any]:
+    """Tokenise the unit: ``train.tokens``, ``validation.tokens`` (raw) and ``documents.arrow`` (their rows)."""
+    import pyarrow as pa
+
+    assert job.tokenizer is not None
+    tokenizer = _load(job.tokenizer, job.end_of_document)
+    intakes = _intakes(job)
+    with (
+        open(folder / "train.tokens", "wb") as train,
+        open(folder / "validation.tokens", "wb") as validation,
+        pa.OSFile(str(folder / "documents.arrow"), "wb") as file,
+        pa.ipc.new_file(file, documents_schema()) as table,
+    ):
+        writer = UnitWriter(tokenizer, {"train": train, "validation": validation}, table)
+        for piece in job.unit.pieces:
+            intake = intakes[piece.file.source]
+            for document in read(piece, intake):
+                writer.begin(document, piece.file, intake.report)
+                for split, text, ends in _pieces_of(document, job.data):
+                    writer.add(split, text, ends)
+                    tick(utf8_length(text))
+                writer.end()
+        writer.flush()
+        for opened in (train, validation):
+            opened.flush()
+            os.fsync(opened.fileno())
+    return _summary(intakes, encoder=tokenizer.encoder)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: Path, end_of_document: str | None) -> Tokenizer:
+    return Tokenizer.load(path, end_of_document)

@@ -1,0 +1,55 @@
+"""From tokens to vectors and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Embedding(nn.Module):
+    """A table of vectors: (batch, tokens) integers to (batch, tokens, width)."""
+
+    def __init__(self, entries: int, width: int, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(entries, width))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        x = F.embedding(indices, self.weight)
+        return x if self.scale == 1.0 else x * self.scale
+
+
+class Head(nn.Module):
+    """Logits from hidden states: (..., width) to (..., vocabulary).
+
+    Args:
+        width: of the hidden states.
+        vocabulary: number of logits.
+        soft_cap: logits l become soft_cap * tanh(l / soft_cap).
+        tied: an embedding whose weights serve here too; the head then has no parameters of its own.
+    """
+
+    def __init__(self, width: int, vocabulary: int, soft_cap: float | None = None, tied: Embedding | None = None):
+        super().__init__()
+        self.soft_cap = soft_cap
+        # In a tuple, so that the embedding is not registered a second time: each weight has one name in a state dict.
+        self._tied = () if tied is None else (tied,)
+        if tied is None:
+            self.weight = nn.Parameter(torch.empty(vocabulary, width))
+            nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self._tied[0].weight if self._tied else self.weight)
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def in_compute_dtype(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on.
+
+    Applied to the embeddings, it keeps the whole residual stream in that dtype. Else every layer would read and write
+    the stream in float32 and cast it once for each of its projections.
+    """
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

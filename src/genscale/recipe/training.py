@@ -1,0 +1,194 @@
+"""The recipe's ``training`` and ``layout``: how the weights are found, and on what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from genscale.recipe.amount import Amount, PositiveAmount
+from genscale.recipe.base import Part
+
+
+class AdamW(Part):
+    """Decoupled weight decay (Loshchilov and Hutter 2019), fused."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    bits: Literal[8, 32] = 32
+    """8: optimizer state in 8 bits through torchao (extra ``genscale[torchao]``)."""
+
+
+class Muon(Part):
+    """Orthogonalised momentum for matrices inside the blocks (Jordan 2024), AdamW for the rest."""
+
+    kind: Literal["muon"] = "muon"
+    learning_rate: float = Field(default=0.02, gt=0)
+    """For matrices."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    newton_schulz_steps: int = Field(default=5, ge=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """For matrices."""
+    rest: AdamW = AdamW(learning_rate=3e-3, weight_decay=0.0)
+    """For embeddings, head, norms and biases."""
+
+
+class Adafactor(Part):
+    """Factored second moments (Shazeer and Stern 2018)."""
+
+    kind: Literal["adafactor"] = "adafactor"
+    learning_rate: float = Field(default=1e-2, gt=0)
+    beta2_decay: float = Field(default=-0.8, le=0)
+    clip: float = Field(default=1.0, ge=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class ScheduleFree(Part):
+    """Schedule-free AdamW (Defazio et al. 2024): averaging in place of a schedule."""
+
+    kind: Literal["schedule_free"] = "schedule_free"
+    learning_rate: float = Field(default=2.5e-3, gt=0)
+    beta1: float = Field(default=0.9, gt=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+Optimizer = Annotated[AdamW | Muon | Adafactor | ScheduleFree, Field(discriminator="kind")]
+
+
+class Schedule(Part):
+    """The learning rate as a pure function of samples seen: a factor on each group's learning rate."""
+
+    kind: Literal["constant", "linear", "cosine", "warmup_stable_decay", "inverse_sqrt"] = "cosine"
+    warmup: Amount = Amount(2, "%")
+    decay: Amount = Amount(20, "%")
+    """The last part of the budget in which ``warmup_stable_decay`` goes down."""
+    final: float = Field(default=0.1, ge=0, le=1)
+    """The factor at the end of the budget (linear, cosine, warmup_stable_decay)."""
+
+    @model_validator(mode="after")
+    def _within_the_budget(self) -> Schedule:
+        for name, amount in (("warmup", self.warmup), ("decay", self.decay)):
+            if amount.unit == "%" and amount.value > 100:
+                raise ValueError(f"{name} ({amount}) is more than the whole budget")
+        return self
+
+
+class Validation(Part):
+    every: PositiveAmount = Amount(5, "%")
+    amount: PositiveAmount | None = None
+    """How much of the validation split is scored each time; by default all of it."""
+
+
+class Checkpoints(Part):
+    every: PositiveAmount = Amount(5, "%")
+    keep_last: int = Field(default=2, ge=1)
+    keep_every: PositiveAmount | None = None
+    """Checkpoints at multiples of this are kept for good."""
+
+
+class EarlyStopping(Part):
+    patience: int = Field(default=5, ge=1)
+    """Validations without improvement before training stops."""
+    minimum_improvement: float = Field(default=0.0, ge=0)
+
+
+class Guard(Part):
+    """What happens on a bad step: it is skipped; after too many in a row, the last good checkpoint comes back."""
+
+    spike: float | None = Field(default=6.0, gt=0)
+    """A loss more than this many standard deviations above its recent mean is a spike; null: only non-finite is bad."""
+    window: int = Field(default=64, ge=8)
+    """Steps in the recent mean."""
+    patience: int = Field(default=3, ge=1)
+    """Bad steps in a row before going back."""
+    rollbacks: int = Field(default=3, ge=0)
+    """Times to go back before giving up."""
+
+
+class ExponentialAverage(Part):
+    """Average of the weights; validation, samples and exports use it."""
+
+    half_life: PositiveAmount = Amount(2, "%")
+
+
+class Trackers(Part):
+    """Besides ``metrics.jsonl``, which is always written."""
+
+    tensorboard: bool = False
+    wandb: str | None = None
+    """A Weights & Biases project; offline when ``WANDB_MODE=offline``."""
+    mlflow: str | None = None
+    """An MLflow experiment, at ``MLFLOW_TRACKING_URI`` or in the run directory."""
+
+
+class Training(Part):
+    budget: PositiveAmount = Amount(5e6, "tokens")
+    batch: PositiveAmount = Amount(64, "samples")
+    """Tokens or samples in each step over all ranks. Accumulation follows from it."""
+    optimizer: Optimizer = Muon()
+    schedule: Schedule = Schedule()
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+    average: ExponentialAverage | None = None
+    validation: Validation = Validation()
+    checkpoints: Checkpoints = Checkpoints()
+    early_stopping: EarlyStopping | None = EarlyStopping()
+    guard: Guard = Guard()
+    trackers: Trackers = Trackers()
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines in ``metrics.jsonl``."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a torch profiler trace, written to ``trace/`` in the run directory."""
+
+    @model_validator(mode="after")
+    def _units(self) -> Training:
+        if self.batch.unit not in ("tokens", "samples"):
+            raise ValueError(f"batch is given in tokens or samples, not '{self.batch}'")
+        if self.budget.unit == "%":
+            raise ValueError("budget is given in tokens, samples, steps or epochs, not in % of itself")
+        if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile is the first and the last step, not {list(self.profile)}")
+        return self
+
+
+class Layout(Part):
+    """How the work lies on the devices. What is learned does not depend on it."""
+
+    device: str = "auto"
+    """``auto``: the accelerator if there is one, else the CPU."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Samples in one forward and backward pass."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """``auto``: what the device multiplies fastest, by a short measurement."""
+    compile: bool | Literal["auto"] = "auto"
+    """``auto``: torch.compile where a short measurement shows that it pays within the budget."""
+    recompute: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    @model_validator(mode="after")
+    def _positive(self) -> Layout:
+        if self.micro_batch != "auto" and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, not {self.micro_batch}")
+        return self
+
+
+class Sampling(Part):
+    """The samples drawn at each validation and at the end, for the report; and the defaults of ``genscale sample``."""
+
+    prompts: tuple[str, ...] = ()
+    tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.8, ge=0)
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    stop: tuple[str, ...] = ()
+    steps: int | None = Field(default=None, ge=1)
+    """Unmasking steps of a masked-diffusion sampler; by default one a token."""
+    order: Literal["random", "confidence"] = "random"
+    """What that sampler unmasks first: random tokens, true to what was learned, or those the network is surest of."""

@@ -1,0 +1,53 @@
+"""The device's matrix peak: known from its data sheet, or measured on it; never guessed."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from genscale.runtime.device import device_name, synchronize
+
+# Dense peaks in FLOP/s from the makers' data sheets, without sparsity: (part of the device's name) -> bf16 and fp16.
+_KNOWN_16_BIT = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "MI300X": 1307e12,
+}
+
+
+class Peak(NamedTuple):
+    """Floating-point operations per second that matrix multiplication reaches, and how that is known."""
+
+    flops: float
+    kind: str
+    """``known`` (data sheet) or ``measured`` (the best of several large products, on this device)."""
+
+
+@cache
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The peak for products in ``dtype``. Measuring takes under half a second on a CPU."""
+    if dtype in (torch.bfloat16, torch.float16):
+        for part, flops in _KNOWN_16_BIT.items():
+            if part in device_name(device):
+                return Peak(flops, "known")
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for attempt in range(12):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        if attempt >= 2:  # the first products also load and choose kernels
+            best = min(best, time.perf_counter() - start)
+    return Peak(2 * size**3 / best, "measured")

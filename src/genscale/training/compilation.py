@@ -1,0 +1,89 @@
+"""torch.compile where it pays."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from genscale.objectives.objective import Objective
+from genscale.runtime.device import synchronize
+
+# What compiling is taken to cost and to gain before it is tried, so that short runs do not try it.
+_COMPILE_SECONDS = 60.0
+_EXPECTED_GAIN = {"cpu": 0.08}
+_EXPECTED_GAIN_ACCELERATOR = 0.3
+
+
+def set_compiled(objective: Objective, compiled: bool) -> None:
+    """Compile the forward of each trained network, or go back to eager.
+
+    A network that is differentiated twice stays eager: compiled code has no second derivative.
+    """
+    twice = {phase.trains for phase in objective.phases if phase.differentiates_twice}
+    for name, network in objective.networks.items():
+        if compiled and name not in twice:
+            network.compile(dynamic=False)
+        else:
+            _uncompile(network)
+
+
+def _uncompile(network: nn.Module) -> None:
+    network._compiled_call_impl = None
+
+
+def decide_compile(
+    requested: bool | Literal["auto"], objective: Objective, measure: Callable[[], None], steps: int, device: torch.device
+) -> bool:
+    """Whether to compile; leaves the networks compiled or not accordingly.
+
+    Args:
+        measure: runs one step's forward and backward without changing any weight.
+        steps: steps still to come, over which compiling must earn back its cost.
+    """
+    if requested != "auto":
+        set_compiled(objective, requested)
+        return requested
+    eager = _median_seconds(measure, device)
+    gain = _EXPECTED_GAIN.get(device.type, _EXPECTED_GAIN_ACCELERATOR)
+    if eager * steps * gain < 2 * _COMPILE_SECONDS:
+        return False
+    set_compiled(objective, True)
+    pays = _median_seconds(measure, device) < 0.98 * eager
+    set_compiled(objective, pays)
+    return pays
+
+
+def _median_seconds(measure: Callable[[], None], device: torch.device) -> float:
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        measure()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[1:])[2]  # the first call also chooses kernels or compiles
+
+
+@contextmanager
+def private_compile_cache() -> Iterator[None]:
+    """A cache of compiled code for this process alone.
+
+    A process killed while compiling leaves torn files in a shared cache, on which later processes fail.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        yield
+        return
+    folder = tempfile.mkdtemp(prefix="genscale-compile-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        shutil.rmtree(folder, ignore_errors=True)

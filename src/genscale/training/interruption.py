@@ -1,0 +1,49 @@
+"""Ctrl-C and a scheduler's SIGTERM: finish the step, save, leave."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interruption:
+    """Whether somebody asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def watched_signals() -> Iterator[Interruption]:
+    """Within, a first SIGINT or SIGTERM is noted, to be acted on between steps; a second one acts at once.
+
+    Python lets only the main thread watch signals; elsewhere (a notebook's worker) nothing is noted.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    before: dict[int, object] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        before.clear()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interruption.signal = number
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield interruption
+    finally:
+        restore()

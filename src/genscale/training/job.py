@@ -1,0 +1,102 @@
+"""Everything that a run needs, put together by :func:`genscale.training.run.train` and used by the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from genscale.objectives.objective import Objective
+from genscale.recipe.schema import Recipe
+from genscale.runs.run import Run
+from genscale.runtime.peak import Peak
+from genscale.runtime.progress import TrainingDisplay
+from genscale.runtime.world import World
+from genscale.training.checkpoint import CheckpointStore
+from genscale.training.early_stopping import EarlyStopping
+from genscale.training.guard import Guard
+from genscale.training.interruption import Interruption
+from genscale.training.plan import Plan
+from genscale.training.profile import StepProfile
+from genscale.training.state import TrainingState
+from genscale.training.trackers import Tracker
+
+
+class Batches(Protocol):
+    """What the loop needs of a stream: a pure function of the step."""
+
+    def batch_at(self, step: int, batch: int, start: int = 0, stop: int | None = None) -> Any: ...
+
+    def sweep(self, batch: int, limit: int | None) -> Iterator[Any]: ...
+
+
+@dataclass
+class Progress:
+    """Where the run stands: with the state's tensors, all that a resumed run needs."""
+
+    step: int = 0
+    """Steps done."""
+    seconds: float = 0.0
+    """Time in training, over the lives of all its processes."""
+    stopped_early: bool = False
+    best_step: int | None = None
+    best_loss: float | None = None
+    validation_loss: float | None = None
+
+
+@dataclass
+class Job:
+    """A run in progress."""
+
+    recipe: Recipe
+    run: Run
+    objective: Objective
+    stream: Batches
+    validation: Batches
+    state: TrainingState
+    plan: Plan
+    micro_batch: int
+    precision: str
+    device: torch.device
+    world: World
+    peak: Peak
+    checkpoints: CheckpointStore
+    tracker: Tracker
+    display: TrainingDisplay
+    interruption: Interruption
+    profile: StepProfile
+    preview: Callable[[], list[dict[str, Any]]]
+    """Draws the samples that the report shows."""
+    guards: dict[str, Guard]
+    """One for each phase."""
+    early_stopping: EarlyStopping | None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what one process writes."""
+        return self.world.rank == 0
+
+    def facts(self) -> dict[str, Any]:
+        """The JSON side of a checkpoint."""
+        return {
+            "progress": asdict(self.progress),
+            "guards": {name: guard.state() for name, guard in self.guards.items()},
+            "early_stopping": self.early_stopping and self.early_stopping.state(),
+        }
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """Take over what :meth:`facts` gave."""
+        self.progress = Progress(**facts["progress"])
+        for name, guard in self.guards.items():
+            guard.load(facts["guards"][name])
+        if self.early_stopping:
+            self.early_stopping.load(facts["early_stopping"])
+
+    def event(self, kind: str, message: str, **values: Any) -> None:
+        """Say something worth knowing: in the run's events and above the progress display."""
+        if self.leads:
+            self.run.log_event(kind, message, step=self.progress.step, **values)
+            self.display.message(message)

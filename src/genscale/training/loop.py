@@ -1,0 +1,174 @@
+"""The one training loop. It runs any objective and never asks which kind it has."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from genscale.evaluation.held_out import held_out
+from genscale.runtime.errors import UserError
+from genscale.training.guard import Verdict
+from genscale.training.job import Job
+from genscale.training.meter import Meter
+from genscale.training.precision import autocast
+from genscale.training.step import accumulate, apply, clear
+
+
+def run_steps(job: Job) -> None:
+    """Train until the budget is spent, validation stops improving, or somebody interrupts; then save."""
+    plan, progress = job.plan, job.progress
+    meter = Meter(progress.seconds)
+    saved: int | None = None
+    while progress.step < plan.steps and not progress.stopped_early and not job.interruption.requested:
+        step = progress.step
+        meter.start()
+        job.profile.begin(step)
+        measured, verdict = train_step(job, step)
+        if verdict is Verdict.ROLLBACK:
+            go_back(job)
+            progress, saved = job.progress, job.progress.step
+            continue
+        for average in job.state.averages.values():
+            average.update(plan.batch)
+        job.profile.end(step)
+        meter.stop(plan.batch)
+        progress.step, progress.seconds = step + 1, meter.elapsed
+        log_step(job, step, measured, meter)
+        best = plan.due(plan.validate_every, step) or progress.step == plan.steps
+        best = best and validate(job)
+        if best or plan.due(plan.checkpoint_every, step):
+            job.checkpoints.save(progress.step, job.state.tensors(), job.facts(), best=best)
+            saved = progress.step
+    if saved != progress.step:
+        job.checkpoints.save(progress.step, job.state.tensors(), job.facts())
+    job.checkpoints.wait()
+
+
+def train_step(job: Job, step: int) -> tuple[dict[str, float], Verdict]:
+    """All phases of a step; what was measured, and the worst verdict on it."""
+    measured: dict[str, float] = {}
+    for phase in job.objective.phases:
+        guard = job.guards[phase.name]
+        if step % phase.every or step in guard.skipped:
+            continue
+        values = accumulate(job, phase, step)
+        if job.state.scaler.overflowed(values["loss"], values["gradient_norm"]):
+            clear(job)
+            continue
+        verdict = guard.observe(step, values["loss"], values["gradient_norm"])
+        if verdict is Verdict.GOOD:
+            apply(job, phase, step, values["gradient_norm"])
+        clear(job)
+        if verdict is not Verdict.GOOD:
+            warn(job, phase.name, step, values, verdict)
+        if verdict is Verdict.ROLLBACK:
+            return measured, verdict
+        prefix = f"{phase.name}_" if len(job.objective.phases) > 1 else ""
+        measured |= {prefix + name: value for name, value in values.items()}
+    return measured, Verdict.GOOD
+
+
+def warn(job: Job, phase: str, step: int, values: dict[str, float], verdict: Verdict) -> None:
+    """Say what was wrong with a step and what is done about it; raises UserError when training is given up."""
+    what = f"step {step + 1}: {phase} loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
+    if verdict is Verdict.GIVE_UP:
+        job.event("give_up", f"{what}: bad again after going back")
+        raise UserError(
+            f"{what}: still bad after going back {job.recipe.training.guard.rollbacks} times; "
+            "try a lower learning rate, longer warm-up, smaller gradient_clip, or look at the data of these steps"
+        )
+    done = "skipped" if verdict is Verdict.SKIP else "going back to the last good checkpoint"
+    job.event("bad_step", f"{what}: {done}", verdict=done)
+
+
+def go_back(job: Job) -> None:
+    """Return to a checkpoint from before the trouble; the steps that led into it stay skipped, also after a restart."""
+    memories = {name: guard.memory() for name, guard in job.guards.items()}
+    trusted = min(guard.trusted_until for guard in job.guards.values() if guard.trusted_until is not None)
+    job.checkpoints.wait()
+    steps = job.checkpoints.steps()
+    restore(job, max((step for step in steps if step <= trusted), default=min(steps)))
+    for name, memory in memories.items():
+        job.guards[name].remember(memory)
+    # Saving drops the later checkpoints: a run killed from here on goes on from this one, with what was remembered.
+    best = job.progress.best_step == job.progress.step
+    job.checkpoints.save(job.progress.step, job.state.tensors(), job.facts(), best=best, wait=True)
+    job.event("rollback", f"went back to step {job.progress.step:,}")
+
+
+def restore(job: Job, which: int | Literal["last"] = "last") -> bool:
+    """Load a checkpoint, by default the newest intact one; False when there is none yet."""
+    if not job.checkpoints.steps():
+        return False
+    checkpoint = job.checkpoints.load(which)
+    job.state.load(checkpoint.tensors)
+    job.load_facts(checkpoint.facts)
+    for warning in checkpoint.warnings:
+        job.event("damaged_checkpoint", warning)
+    if job.leads:
+        job.run.truncate_metrics(job.progress.step)
+    return True
+
+
+def log_step(job: Job, step: int, measured: dict[str, float], meter: Meter) -> None:
+    """A line of the log, every ``log_every`` steps and at the end."""
+    plan, done = job.plan, step + 1
+    if done % job.recipe.training.log_every and done != plan.steps:
+        return
+    rate = meter.samples_per_second()
+    values: dict[str, float] = {
+        "samples": done * plan.batch,
+        **measured,
+        "learning_rate": next(iter(job.state.optimizers.values())).param_groups[0]["lr"],
+        "samples_per_second": rate,
+        "utilisation": rate * job.objective.flops_per_sample() / (job.peak.flops * job.world.size),
+        "seconds": job.progress.seconds,
+    }
+    if plan.clock.tokens_per_sample:
+        values["tokens"] = values["samples"] * plan.clock.tokens_per_sample
+        values["tokens_per_second"] = rate * plan.clock.tokens_per_sample
+    publish(job, done, values)
+    job.display.update(
+        done,
+        loss=measured.get("loss"),
+        tokens_per_second=values.get("tokens_per_second"),
+        utilisation=values["utilisation"],
+        utilisation_kind=f"{job.peak.kind} peak",
+        learning_rate=values["learning_rate"],
+        seconds_left=(plan.steps - done) * plan.batch / rate if rate else None,
+    )
+
+
+def validate(job: Job) -> bool:
+    """Score the held-out data, draw the report's samples, and say whether this is the best so far."""
+    progress, plan = job.progress, job.plan
+    with job.state.evaluation_weights():
+        scores = held_out(
+            job.objective,
+            job.validation,
+            seed=job.recipe.seed,
+            batch=job.micro_batch,
+            limit=plan.validation_windows,
+            device=job.device,
+            autocast=lambda: autocast(job.precision, job.device),
+            world=job.world,
+        )
+        if job.leads:
+            for sample in job.preview():
+                job.run.log_sample(progress.step, **sample)
+    progress.validation_loss = scores["loss"]
+    best = progress.best_loss is None or scores["loss"] < progress.best_loss
+    if best:
+        progress.best_step, progress.best_loss = progress.step, scores["loss"]
+    if job.early_stopping and job.early_stopping.observe(progress.step, scores["loss"]):
+        progress.stopped_early = True
+        job.event("early_stop", f"validation has not improved since step {progress.best_step}: stopped early")
+    publish(job, progress.step, {f"validation_{name}": value for name, value in scores.items()})
+    job.display.update(progress.step, validation_loss=scores["loss"], best=progress.best_loss)
+    return best
+
+
+def publish(job: Job, step: int, values: dict[str, Any]) -> None:
+    """To ``metrics.jsonl`` and the trackers."""
+    if job.leads:
+        job.run.log_metrics(step, **values)
+        job.tracker.log(step, values)

@@ -1,0 +1,69 @@
+"""A recipe's amounts as numbers, once the data and the number of ranks are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from genscale.recipe.amount import Amount, Clock
+from genscale.recipe.schema import Recipe
+from genscale.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When things happen. The clock is samples seen; a step is ``batch`` of them."""
+
+    batch: int
+    """Samples in a step, over all ranks."""
+    steps: int
+    clock: Clock
+    validate_every: int
+    """Samples between validations, and so on for the others."""
+    validation_windows: int | None
+    checkpoint_every: int
+    keep_every: int | None
+    half_life: int | None
+    """Of the average of the weights, in samples; None for no average."""
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether a multiple of ``every`` samples is reached by the end of this step."""
+        return (step + 1) * self.batch // every > step * self.batch // every
+
+
+def make_plan(recipe: Recipe, tokens_per_sample: int, samples_per_epoch: int) -> Plan:
+    """Resolve the recipe's amounts; raises UserError for an amount that comes to nothing."""
+    training = recipe.training
+    clock = Clock(tokens_per_sample=tokens_per_sample, samples_per_epoch=samples_per_epoch)
+    batch = _positive("training.batch", training.batch, clock)
+    clock = Clock(tokens_per_sample, batch, samples_per_epoch)
+    budget = _positive("training.budget", training.budget, clock)
+    steps = max(1, round(budget / batch))
+    clock = Clock(tokens_per_sample, batch, samples_per_epoch, steps * batch)
+    validation, checkpoints = training.validation, training.checkpoints
+    return Plan(
+        batch=batch,
+        steps=steps,
+        clock=clock,
+        validate_every=_positive("training.validation.every", validation.every, clock),
+        validation_windows=validation.amount and _positive("training.validation.amount", validation.amount, clock),
+        checkpoint_every=_positive("training.checkpoints.every", checkpoints.every, clock),
+        keep_every=checkpoints.keep_every and _positive("training.checkpoints.keep_every", checkpoints.keep_every, clock),
+        half_life=training.average and _positive("training.average.half_life", training.average.half_life, clock),
+    )
+
+
+def _positive(key: str, amount: Amount, clock: Clock) -> int:
+    samples = amount.samples(clock)
+    if samples < 1:
+        raise UserError(f"{key}: '{amount}' is less than one sample ({clock.tokens_per_sample} tokens)")
+    return samples
+
+
+def micro_batches(batch: int, micro_batch: int, rank: int, ranks: int) -> list[tuple[int, int]]:
+    """This rank's slices of the global batch's positions.
+
+    Micro-batch k holds positions [k * micro_batch, ...) whatever the number of ranks, and ranks take turns: the same
+    micro-batches, so the same noise, on any number of ranks.
+    """
+    starts = range(0, batch, micro_batch)[rank::ranks]
+    return [(start, min(start + micro_batch, batch)) for start in starts]

@@ -1,0 +1,184 @@
+"""From a recipe to a trained run directory: the verb ``train``."""
+
+from __future__ import annotations
+
+from contextlib import closing, nullcontext
+from typing import Any
+
+import torch
+
+from genscale.objectives.build import build_objective
+from genscale.recipe.schema import Recipe
+from genscale.recipe.training import Trackers
+from genscale.runs.run import Run
+from genscale.runtime.device import device_summary, memory_used, pick_device
+from genscale.runtime.peak import matmul_peak
+from genscale.runtime.progress import TrainingDisplay
+from genscale.runtime.world import World, barrier, join_world
+from genscale.training.checkpoint import CheckpointStore, export_weights
+from genscale.training.compilation import decide_compile, private_compile_cache
+from genscale.training.early_stopping import EarlyStopping
+from genscale.training.guard import Guard
+from genscale.training.inputs import Inputs, open_inputs
+from genscale.training.interruption import watched_signals
+from genscale.training.job import Job
+from genscale.training.loop import restore, run_steps
+from genscale.training.micro_batch import choose_micro_batch
+from genscale.training.plan import Plan, make_plan
+from genscale.training.precision import pick_precision, torch_dtype
+from genscale.training.profile import StepProfile
+from genscale.training.restore import load_objective
+from genscale.training.state import TrainingState
+from genscale.training.step import accumulate, clear
+from genscale.training.trackers import open_trackers
+
+
+def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
+    """Train as the recipe says, or go on with the run that the same recipe began.
+
+    The store is prepared first where it is not there yet. Ctrl-C and SIGTERM save and raise KeyboardInterrupt; the
+    same call goes on from there. A finished run is returned as it is.
+
+    Args:
+        show_progress: a live display; by default where standard error is a terminal, plain lines elsewhere.
+
+    Returns:
+        The run, whose best weights stand in ``run.weights``.
+
+    Raises:
+        UserError: anything that the user can mend.
+        KeyboardInterrupt: interrupted, after saving.
+    """
+    device = pick_device(recipe.layout.device)
+    world = join_world(device)
+    inputs = open_inputs(recipe, world, show_progress)
+    run = _open_run(recipe, inputs, world)
+    leads = world.rank == 0
+    with run.lock() if leads else nullcontext(), private_compile_cache(), watched_signals() as interruption:
+        if run.facts.get("status") == "finished":
+            return run
+        plan = make_plan(recipe, inputs.tokens_per_sample, inputs.stream.samples_per_epoch)
+        trackers = recipe.training.trackers if leads else Trackers()
+        with (
+            TrainingDisplay(plan.steps, enabled=show_progress if leads else False) as display,
+            closing(open_trackers(trackers, run)) as tracker,
+            closing(StepProfile(run, recipe.training.profile, world.rank)) as profile,
+        ):
+            job = make_job(
+                recipe,
+                run,
+                inputs,
+                plan,
+                device,
+                world,
+                display=display,
+                tracker=tracker,
+                profile=profile,
+                interruption=interruption,
+            )
+            begin(job, inputs)
+            run_steps(job)
+        if leads:
+            finish(job)
+        barrier()
+    if interruption.requested and run.facts["status"] != "finished":
+        raise KeyboardInterrupt
+    return run
+
+
+def _open_run(recipe: Recipe, inputs: Inputs, world: World) -> Run:
+    """Rank 0 makes the run directory or goes on with it; the others then open it."""
+    if world.rank == 0:
+        run = Run.create(recipe.run_directory, recipe, inputs.fingerprint)
+        inputs.keep_with(run.directory)
+        run.record(inputs=inputs.facts)
+    barrier()
+    return run if world.rank == 0 else Run.open(recipe.run_directory)
+
+
+def make_job(
+    recipe: Recipe, run: Run, inputs: Inputs, plan: Plan, device: torch.device, world: World, **watched: Any
+) -> Job:
+    """Build what is trained and decide how. Decisions of an earlier process of the same run hold."""
+    objective = build_objective(recipe, inputs.vocabulary).to(device)
+    precision = pick_precision(_decided(run, recipe, "precision"), device)
+    micro_batch = choose_micro_batch(
+        _decided(run, recipe, "micro_batch"), plan.batch, objective, inputs, recipe.model, precision, device, world
+    )
+    kept = recipe.training.checkpoints
+    stopping = recipe.training.early_stopping
+    return Job(
+        recipe=recipe,
+        run=run,
+        objective=objective,
+        stream=inputs.stream,
+        validation=inputs.validation,
+        state=TrainingState(objective, recipe, plan.half_life, precision),
+        plan=plan,
+        micro_batch=micro_batch,
+        precision=precision,
+        device=device,
+        world=world,
+        peak=matmul_peak(device, torch_dtype(precision)),
+        checkpoints=CheckpointStore(
+            run.checkpoints, kept.keep_last, plan.keep_every and max(1, plan.keep_every // plan.batch)
+        ),
+        preview=lambda: inputs.preview(objective),
+        guards={phase.name: Guard(recipe.training.guard) for phase in objective.phases},
+        early_stopping=EarlyStopping(stopping) if stopping else None,
+        **watched,
+    )
+
+
+def _decided(run: Run, recipe: Recipe, name: str) -> Any:
+    """What the layout asks, or, where it says auto, what an earlier process of the run decided."""
+    requested = getattr(recipe.layout, name)
+    return run.facts.get("decisions", {}).get(name, "auto") if requested == "auto" else requested
+
+
+def begin(job: Job, inputs: Inputs) -> None:
+    """Go on from the newest intact checkpoint, or write the first one; decide on compiling; record the facts."""
+    if restore(job):
+        job.event("resume", f"going on from step {job.progress.step:,} of {job.plan.steps:,}")
+    else:
+        job.checkpoints.save(0, job.state.tensors(), job.facts(), wait=True)
+
+    def measure() -> None:
+        for phase in job.objective.phases:
+            accumulate(job, phase, job.progress.step)
+        clear(job)
+
+    steps_left = job.plan.steps - job.progress.step
+    requested = _decided(job.run, job.recipe, "compile")
+    compiled = decide_compile(requested, job.objective, measure, steps_left, job.device)
+    if not job.leads:
+        return
+    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in job.objective.networks.items()}
+    job.run.record(
+        status="running",
+        decisions={"precision": job.precision, "micro_batch": job.micro_batch, "compile": compiled},
+        parameters=parameters,
+        flops_per_sample=job.objective.flops_per_sample(),
+        peak=job.peak._asdict(),
+        device=device_summary(job.device),
+        ranks=job.world.size,
+        steps=job.plan.steps,
+        batch=job.plan.batch,
+        tokens_per_sample=inputs.tokens_per_sample,
+        samples_per_epoch=inputs.stream.samples_per_epoch,
+    )
+
+
+def finish(job: Job) -> None:
+    """Record how the run stands and, when it is done, export the best weights as plain safetensors."""
+    progress = job.progress
+    best = {"step": progress.best_step, "loss": progress.best_loss} if progress.best_step is not None else None
+    if job.interruption.requested and progress.step < job.plan.steps and not progress.stopped_early:
+        job.run.record(status="interrupted", best=best, step=progress.step, seconds=progress.seconds)
+        return
+    objective = load_objective(job.run, "best", torch.device("cpu"))
+    for name, network in objective.networks.items():
+        export_weights(job.run.weights / f"{name}.safetensors", network.state_dict())
+    status: dict[str, Any] = {"stopped_early": progress.stopped_early, "best": best}
+    status |= {"memory": memory_used(job.device), "seconds": progress.seconds, "step": progress.step}
+    job.run.record(status="finished", **status)
