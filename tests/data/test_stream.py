@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from genscale.data.prepare import prepare
 from genscale.data.stream import Stream
+from genscale.recipe.load import recipe_from_mapping
 from genscale.runtime.errors import UserError
 
 
@@ -248,5 +250,33 @@ def test_a_limited_sweep_is_spread_out_and_always_the_same() -> None:
 
 
 def test_a_split_with_nothing_to_score_is_refused() -> None:
-    with pytest.raises(UserError, match="validation split of stores/x is too short to score"):
-        next(stream(numbered(1), 8, split="validation").sweep(4))
+    for size in (0, 1):
+        with pytest.raises(UserError, match="validation split of stores/x has fewer than 2 tokens, too short to score"):
+            stream(numbered(size), 8, split="validation")
+
+
+def test_reads_a_prepared_store(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(200):
+        (texts / f"{number}.txt").write_text(f"{number}: " + "abcdefgh"[: number % 8] * (number % 30))
+    data = {
+        "sources": [str(texts)],
+        "store": str(tmp_path / "store"),
+        "tokenizer": {"kind": "characters"},
+        "split": {"validation": 0.2},
+        "shard_tokens": 1024,
+    }
+    store = prepare(recipe_from_mapping({"data": data}), workers=1)
+    assert len(store.shards("train")) > 3
+    tokens = np.concatenate(store.shards("train")).astype(np.int64)
+    end = store.tokenizer.end_of_document
+    batch = Stream([store], None, "train", 100, seed=0).batch_at(3, 64)
+    everywhere = np.lib.stride_tricks.sliding_window_view(tokens, 101)
+    for window, documents in zip(batch.tokens.numpy(), batch.documents.numpy(), strict=True):
+        assert (everywhere == window).all(axis=1).any()
+        # A document begins after the token that ends the one before.
+        np.testing.assert_array_equal(documents, np.concatenate([[0], np.cumsum(window[:-1] == end)]))
+    swept = [part.tokens[:, :-1].reshape(-1) for part in Stream([store], None, "validation", 10, seed=0).sweep(7)]
+    held_out = np.concatenate(store.shards("validation"))
+    np.testing.assert_array_equal(torch.cat(swept)[: len(held_out) - 1], held_out[:-1])

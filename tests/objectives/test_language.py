@@ -123,7 +123,7 @@ def test_masked_loss_is_the_cross_entropy_of_a_network_that_ignores_its_input():
     logits = torch.randn(VOCABULARY + 1, generator=torch.Generator().manual_seed(0))
     objective.networks["model"] = Constant(logits)
     batch = random_batch(2048, context=64)
-    (total, count), = objective.validate(batch, Rng(0, 0, "validate", batch.positions)).metrics.values()
+    ((total, count),) = objective.validate(batch, Rng(0, 0, "validate", batch.positions)).metrics.values()
     exact = -logits[:VOCABULARY].log_softmax(0)[batch.tokens[:, 1:]].mean().item()  # the mask itself has no chance
     assert (total / count).item() == pytest.approx(exact, rel=0.02)
 
@@ -198,44 +198,93 @@ def test_suffix_for_a_causal_network_is_a_user_error():
         build("causal").sample(TextRequest([[1]], 4, suffixes=[[2]]), Rng(0, 0, "sample", torch.arange(1)))
 
 
-def pattern_batch(step, size, context):
-    """The language 0 1 2 3 4 5 0 1 2 ..., from a random place on."""
+COUNTING, CONSTANT = 1, 0
+
+
+def tiny_language(step, size, context, language):
+    """Windows of 0 1 2 3 4 5 0 1 2 ... from a random place on, or of one random token alone."""
     starts = Rng(1, step, "data", torch.arange(size)).integers("start", 6)
-    tokens = (starts[:, None] + torch.arange(context + 1)) % 6
+    tokens = (starts[:, None] + language * torch.arange(context + 1)) % 6
     return TextBatch(tokens, torch.zeros_like(tokens, dtype=torch.int32), None, torch.arange(size))
 
 
-TRAINED = {
-    "causal": CausalObjective(),
-    "masked": MaskedObjective(),
-    "middle": InfillObjective(rate=0.7),
-    "rearranged": InfillObjective(rate=1.0),
-    "spans": InfillObjective(form="spans", noise_density=0.3),
-}
-
-
-@pytest.mark.parametrize("kind", TRAINED)
-def test_each_objective_learns_a_tiny_language_and_writes_it(kind):
-    context = 24
-    objective = build(TRAINED[kind], context=context, layers=2, width=48)
+def trained(options, language, context=24):
+    objective = build(options, context=context, width=64, heads=4, layers=2, query_key_norm=True, feed_forward="gelu")
     optimizer = torch.optim.Adam(objective.parameters(), 5e-3)
     phase = objective.phases[0]
     for step in range(60):
-        batch = pattern_batch(step, 32, context)
+        batch = tiny_language(step, 32, context, language)
         loss = objective.loss(phase, batch, Rng(0, step, "train", batch.positions), {})
         (loss.total / objective.weight(phase, batch)).backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    batch = pattern_batch(1000, 64, context)
-    total, count = objective.validate(batch, Rng(0, 0, "validate", batch.positions)).metrics["loss"]
-    print(kind, (total / count).item())
-    prompts = [[(start + i) % 6 for i in range(3 + start)] for start in range(6)]
-    rng = Rng(0, 0, "sample", torch.arange(6))
-    samples = objective.sample(TextRequest(prompts, tokens=8, temperature=0.0), rng)
-    print([(p, s.tokens) for p, s in zip(prompts, samples, strict=True)])
-    if kind != "causal":
-        suffixes = [[(start + i) % 6 for i in range(6)] for start in range(6)]
-        prompts = [[(start + i) % 6 for i in range(-8 - start, -3)] for start in range(6)]
-        samples = objective.sample(TextRequest(prompts, tokens=3, suffixes=suffixes, temperature=0.0), rng)
-        print([(p, s.tokens, x) for p, s, x in zip(prompts, samples, suffixes, strict=True)])
+    return objective
+
+
+PREFIXES = [[(i - length) % 6 for i in range(length)] for length in range(8, 14)]  # each ends in 5
+
+
+def continuations(objective):
+    request = TextRequest(PREFIXES, tokens=8, temperature=0.0)
+    return [sample.tokens for sample in objective.sample(request, Rng(0, 0, "sample", torch.arange(6)))]
+
+
+def test_causal_learns_a_tiny_language_and_goes_on_in_it():
+    objective = trained(CausalObjective(), COUNTING)
+    assert continuations(objective) == [[0, 1, 2, 3, 4, 5, 0, 1]] * 6
+
+
+def test_masked_learns_a_tiny_language_goes_on_and_fills_in():
+    objective = trained(MaskedObjective(), COUNTING)
+    assert continuations(objective) == [[0, 1, 2, 3, 4, 5, 0, 1]] * 6
+    suffixes = [[(3 + i) % 6 for i in range(8)]] * 6
+    request = TextRequest([prefix[:-1] for prefix in PREFIXES], tokens=4, suffixes=suffixes, temperature=0.0)
+    samples = objective.sample(request, Rng(0, 0, "sample", torch.arange(6)))
+    assert [sample.tokens for sample in samples] == [[5, 0, 1, 2]] * 6
+
+
+@pytest.mark.parametrize("rate", [0.7, 1.0])
+def test_middle_learns_a_tiny_language_and_goes_on_even_if_it_never_saw_plain_text(rate):
+    objective = trained(InfillObjective(rate=rate), COUNTING)
+    assert continuations(objective) == [[0, 1, 2, 3, 4, 5, 0, 1]] * 6
+
+
+@pytest.mark.parametrize("options", [InfillObjective(rate=0.7), InfillObjective(form="spans", noise_density=0.3)])
+def test_infill_learns_a_tiny_language_and_fills_in(options):
+    objective = trained(options, CONSTANT)
+    request = TextRequest(
+        [[token] * (5 + token) for token in range(6)],
+        tokens=12,
+        suffixes=[[token] * (9 - token) for token in range(6)],
+        temperature=0.0,
+    )
+    samples = objective.sample(request, Rng(0, 0, "sample", torch.arange(6)))
+    for token, sample in enumerate(samples):
+        assert set(sample.tokens) == {token}
+        assert options.form == "middle" or sample.stopped == "end"
+
+
+class Recording(Constant):
+    def forward(self, tokens, documents=None, cache=None, positions=None):
+        cache.advance(tokens.shape[1])
+        self.first = getattr(self, "first", tokens.tolist())
+        return super().forward(tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "suffixes", "expected"),
+    [
+        (InfillObjective(rate=0.5), None, [[1, 2]]),
+        (InfillObjective(rate=1.0), None, [["prefix", 1, 2]]),
+        (InfillObjective(), [[3, 4]], [["prefix", 1, 2, "suffix", 3, 4, "middle"]]),
+        (InfillObjective(form="spans"), None, [[1, 2, "span 0", "span 0"]]),
+        (InfillObjective(form="spans", mean_span=1.0), [[3, 4]], [[1, 2, "span 0", 3, 4, "span 1", "span 0"]]),
+        (InfillObjective(form="spans", mean_span=9.0), [[3, 4]], [[1, 2, "span 0", 3, 4, "span 0"]]),
+    ],
+)
+def test_infill_is_asked_in_the_form_that_it_was_trained_in(options, suffixes, expected):
+    objective = build(options)
+    objective.networks["model"] = network = Recording(torch.zeros(VOCABULARY + len(objective.special)))
+    objective.sample(TextRequest([[1, 2]], 3, suffixes=suffixes), Rng(0, 0, "sample", torch.arange(1)))
+    assert network.first == [[objective.special.get(token, token) for token in row] for row in expected]

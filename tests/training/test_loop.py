@@ -103,7 +103,9 @@ def test_a_non_finite_loss_is_skipped_then_rolled_back_and_training_goes_on(
 def test_a_run_that_stays_bad_gives_up_with_one_line(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.accumulate
     monkeypatch.setattr(
-        loop, "accumulate", lambda job, phase, step: original(job, phase, step) | ({"loss": math.inf} if step > 8 else {})
+        loop,
+        "accumulate",
+        lambda job, phase, step: original(job, phase, step) | ({"loss": math.inf} if step > 8 else {}),
     )
     with pytest.raises(UserError, match="try a lower learning rate"):
         train(recipe(**{"training.guard": {"patience": 2, "rollbacks": 1, "window": 8}}), show_progress=False)

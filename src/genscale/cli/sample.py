@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -61,7 +60,7 @@ def sample(
 
     opened = Run.open(run)
     prompts = prompts or opened.recipe.sampling.prompts or ("",)
-    streams = len(prompts) * count == 1 and not as_json
+    streamed = _Streamed(prompts[0]) if len(prompts) * count == 1 and not as_json else None
 
     from genscale.generation.run import sample
 
@@ -73,20 +72,28 @@ def sample(
         count=count,
         seed=seed,
         device=device,
-        on_text=_stream(prompts[0]) if streams else None,
+        on_text=streamed,
         **{name: value for name, value in options.items() if value is not None and value != ()},
     )
     if as_json:
         click.echo(json.dumps([asdict(each) for each in completions], indent=2, ensure_ascii=False))
-    elif streams:
-        click.echo(suffix or "")
+    elif streamed:
+        streamed.close(suffix or "")
     else:
         for each in completions:
             click.secho(f"--- {each.index + 1} of {len(completions)}", dim=True)
             click.echo(each.prompt + each.text + (suffix or ""))
 
 
-def _stream(prompt: str) -> Callable[[int, str], None]:
-    """Writes each piece of the one completion as it comes."""
-    click.echo(prompt, nl=False)
-    return lambda index, text: click.echo(text, nl=False)
+class _Streamed:
+    """Writes the prompt and each piece of its completion as it comes; the prompt not before the first piece."""
+
+    def __init__(self, prompt: str):
+        self.pending = prompt
+
+    def __call__(self, index: int, text: str) -> None:
+        click.echo(self.pending + text, nl=False)
+        self.pending = ""
+
+    def close(self, suffix: str) -> None:
+        click.echo(self.pending + suffix)

@@ -130,17 +130,20 @@ class UnitWriter:
 
 def unit_outputs(
     folder: Path, units: Sequence[Unit], dtype: np.dtype
-) -> Iterator[tuple[list[tuple[str, np.ndarray]], Iterable[pa.Table]]]:
+) -> Iterator[tuple[Iterator[tuple[str, np.ndarray]], Iterable[pa.Table]]]:
     """For the store's writer: the (split, tokens) and the tables of each unit, the ranges of a long text as one."""
     for _, group in itertools.groupby(units, key=lambda unit: unit.group):
         folders = [folder / f"{unit.number:06d}" for unit in group]
-        tokens = [(split, _raw_tokens(place / f"{split}.tokens", dtype)) for split in SPLITS for place in folders]
+        files = [(split, place / f"{split}.tokens") for split in SPLITS for place in folders]
+        tokens = ((split, chunk) for split, file in files for chunk in _raw_tokens(file, dtype))
         tables = (table for place in folders for table in _tables(place / "documents.arrow"))
         yield tokens, tables if len(folders) == 1 else [_one_document(tables)]
 
 
-def _raw_tokens(file: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+def _raw_tokens(file: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+    with open(file, "rb") as opened:
+        while chunk := opened.read(1 << 24):
+            yield np.frombuffer(chunk, dtype)
 
 
 def _tables(file: Path) -> Iterator[pa.Table]:

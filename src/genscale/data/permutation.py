@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 _ROUNDS = 10
 _SMALL = 256  # below this size few rounds favour some orders over others (measured over all orders of 5 and of 6)
 _SMALL_ROUNDS = 24
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
@@ -53,20 +54,24 @@ def _feistel(
     """A bijection of [0, width * height), chosen by the key."""
     left, right = np.divmod(values, np.uint64(height))  # left in [0, width), right in [0, height)
     for number in range(0, rounds, 2):
-        left = _add(left, _hash(right, keys, number), np.uint64(width))
-        right = _add(right, _hash(left, keys, number + 1), np.uint64(height))
+        _add_hash(left, right, keys, number, np.uint64(width))
+        _add_hash(right, left, keys, number + 1, np.uint64(height))
     return left * np.uint64(height) + right
 
 
-def _add(value: NDArray[np.uint64], bits: NDArray[np.uint64], limit: np.uint64) -> NDArray[np.uint64]:
-    """(value + a number in [0, limit) made of the upper 32 bits) mod limit."""
-    value = value + (((bits >> np.uint64(32)) * limit) >> np.uint64(32))
-    return np.where(value >= limit, value - limit, value)
-
-
-def _hash(value: NDArray[np.uint64], keys: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea and Flood 2014, figure 17) of the value, the key and the round."""
-    bits = keys + (value + np.uint64(number << 32)) * _GAMMA
-    bits = (bits ^ (bits >> np.uint64(30))) * _MULTIPLIER_1
-    bits = (bits ^ (bits >> np.uint64(27))) * _MULTIPLIER_2
-    return bits ^ (bits >> np.uint64(31))
+def _add_hash(
+    half: NDArray[np.uint64], other: NDArray[np.uint64], keys: NDArray[np.uint64], number: int, limit: np.uint64
+) -> None:
+    """To one half, in [0, limit), add a hash of the other half, the key and the round, modulo the limit; in place."""
+    bits = other + np.uint64((number + 1) * _GAMMA & _MASK)
+    bits += keys
+    # Two of the multiplications of SplitMix64 (Steele, Lea and Flood 2014, figure 17): only upper bits are used.
+    bits *= _MULTIPLIER_1
+    bits ^= bits >> np.uint64(32)
+    bits *= _MULTIPLIER_2
+    bits >>= np.uint64(32)
+    bits *= limit
+    bits >>= np.uint64(32)  # in [0, limit)
+    half += bits
+    np.subtract(half, limit, out=bits)
+    np.minimum(half, bits, out=half)  # below the limit the difference wraps around to a huge number

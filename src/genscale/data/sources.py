@@ -10,7 +10,7 @@ import glob
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -152,10 +152,10 @@ def _list_local(where: str, path: str) -> list[Entry]:
     raise UserError(f"{where}: there is no file or folder '{path}'{nearest(place.name, siblings)}")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files below a folder, without hidden files and folders."""
+def _walk(folder: Path, skipped: Collection[str] = ()) -> Iterator[Path]:
+    """The files below a folder, without hidden files and folders and those of the skipped names."""
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         for name in names:
             file = Path(root, name)
             if not name.startswith(".") and file.is_file():
@@ -204,9 +204,8 @@ def _reason(error: Exception) -> str:
 def _standard_library() -> list[Entry]:
     """Python's own sources, without installed packages and the generated tables of ``encodings``."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = (file for file in _walk(root) if file.suffix == ".py")
-    skipped = {"site-packages", "dist-packages", "encodings", "__pycache__"}
-    return [_local_entry(file, root) for file in files if skipped.isdisjoint(file.relative_to(root).parts)]
+    files = _walk(root, skipped={"site-packages", "dist-packages", "encodings", "__pycache__"})
+    return [_local_entry(file, root) for file in files if file.suffix == ".py"]
 
 
 def _dataset(number: int, source: Source) -> SourceFile:

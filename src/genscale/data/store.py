@@ -306,7 +306,7 @@ class StoreWriter:
         table = pa.table({name: moved.get(name, table[name]) for name in schema.names}, schema=schema)
         self._documents = table["id"][-1].as_py() + 1
         for name, digest in self._digests.items():
-            digest.update(json.dumps(table[name].to_pylist())[1:-1].encode() + b",")
+            digest.update(json.dumps(table[name].to_pylist(), separators=(",", ":"))[1:-1].encode() + b",")
         self._table.write_table(table)
 
     def _add_tokens(self, split: str, tokens: np.ndarray) -> None:
@@ -317,7 +317,7 @@ class StoreWriter:
                 if shards:
                     shards[-1].finish()
                 shards.append(ArrayFile(self.folder / f"{split}-{len(shards):05d}.npy", self.dtype))
-            piece = tokens[written : written + min(self.shard_tokens - shards[-1].length, 1 << 24)]
+            piece = tokens[written : written + self.shard_tokens - shards[-1].length]
             shards[-1].append(piece)
             written += len(piece)
         self._tokens[split] += len(tokens)

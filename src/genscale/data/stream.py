@@ -8,7 +8,6 @@ window of tokens. Batches are read straight from the memory-mapped shards, by an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,18 +20,10 @@ from genscale.data.mixture import Mixture
 from genscale.data.permutation import permute
 from genscale.data.store import Store
 from genscale.data.windows import Places, WindowReader
-from genscale.recipe.data import TextData
 from genscale.runtime.errors import UserError
 from genscale.runtime.randomness import key
 
-_BLOCK = 1024  # consecutive samples that are placed together, because placing one costs nearly as much
-
-
-def open_stores(data: TextData, store: str | Path) -> tuple[list[Store], list[float] | None]:
-    """The stores that a recipe trains on, and their weights: those of its mixture, else the one store given."""
-    if data.mixture is None:
-        return [Store.open(store)], None
-    return [Store.open(path) for path in data.mixture], list(data.mixture.values())
+_BLOCK = 4096  # consecutive samples that are placed together, because placing one costs nearly as much as a hundred
 
 
 class Stream:
@@ -49,7 +40,8 @@ class Stream:
         seed: the recipe's seed.
 
     Raises:
-        UserError: the tokenizers differ, a weight is impossible, or the context is longer than a training split.
+        UserError: the tokenizers differ, a weight is impossible, the context is longer than a training split, or a
+            validation split is empty.
     """
 
     def __init__(self, stores: Sequence[Store], weights: Sequence[float] | None, split: str, context: int, seed: int):
@@ -66,6 +58,12 @@ class Stream:
                     raise UserError(f"context ({context}) is longer than {length}")
             weights = [part.in_epoch for part in self._splits] if weights is None else weights
             self._mixture = Mixture(weights, [str(store.path) for store in self.stores])
+        elif not any(part.in_sweep for part in self._splits):
+            paths = ", ".join(str(store.path) for store in self.stores)
+            raise UserError(
+                f"the {split} split of {paths} has fewer than 2 tokens, too short to score:"
+                " raise data.split.validation or add documents"
+            )
         shards = [shard for store in self.stores for shard in store.shards(split)]
         self._reader = WindowReader(shards, context + 1)
         # (stores,) the first token of each, counted over all stores
@@ -97,9 +95,6 @@ class Stream:
         """
         counts = np.array([part.in_sweep for part in self._splits])
         total = int(counts.sum())
-        if total == 0:
-            paths = ", ".join(str(store.path) for store in self.stores)
-            raise UserError(f"the {self.split} split of {paths} is too short to score: expected at least 2 tokens")
         numbers = np.arange(total)
         if limit is not None and limit < total:
             edges = np.arange(limit + 1) * total // limit
@@ -222,10 +217,12 @@ class _Split:
             (boundaries,) the window, as an index of ``starts``.
             (boundaries,) how many tokens into it the document begins, from 1 to ``context``.
         """
-        low = np.searchsorted(self._documents, starts, side="right")
-        counts = np.searchsorted(self._documents, starts + self.context, side="right") - low
-        which = np.repeat(np.arange(len(starts)), counts)
-        numbers = np.arange(len(which)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        order = np.argsort(starts)  # searching in order is several times as fast
+        ascending = starts[order]
+        low = np.searchsorted(self._documents, ascending, side="right")
+        counts = np.searchsorted(self._documents, ascending + self.context, side="right") - low
+        numbers = np.arange(counts.sum()) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        which = np.repeat(order, counts)
         padded = np.flatnonzero(starts + self.context >= self.tokens)
         return (
             np.concatenate([which, padded]),

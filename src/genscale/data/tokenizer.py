@@ -129,7 +129,7 @@ class Tokenizer:
         return self._encode_reference(texts)
 
     def check(self, texts: Sequence[str]) -> None:
-        """Compare the fast encoder with ``tokenizers`` on these texts; if they differ, the latter encodes from then on."""
+        """Compare the fast encoder with ``tokenizers`` on these texts; where they differ, give the fast one up."""
         if self._fast is not None:
             (found, _), (expected, _) = self.encode_flat(texts), self._encode_reference(texts)
             if not np.array_equal(found, expected):

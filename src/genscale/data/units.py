@@ -1,4 +1,4 @@
-"""Work units: pieces of the sources of about 32 MB, each of which any worker can read on its own.
+"""Work units: pieces of the sources of about 16 MB, each of which any worker can read on its own.
 
 What a unit holds depends on the sources alone, and its output on the unit alone; so the number of workers, and where
 an earlier attempt was interrupted, never show in the store.
@@ -15,7 +15,7 @@ from genscale.data.formats import LONG, Intake, Piece, Report, open_parquet
 from genscale.data.sources import SourceFile
 from genscale.recipe.data import TextData
 
-UNIT = 1 << 25
+UNIT = 1 << 24
 """Bytes of source files in a unit, about."""
 
 _FILES = 10_000  # in a unit at most, however small they are

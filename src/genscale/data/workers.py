@@ -145,9 +145,7 @@ def _close(pipe: Any) -> None:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    import genscale
-
-    root = str(Path(genscale.__path__[0]).parent)
+    root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", "genscale.data.workers"],

@@ -218,7 +218,9 @@ class InfillLanguage(Denoising):
         special, filling = self.special, None
         if self.spans is not None:
             mark = special["span 0"]
-            filling = Filling((), (mark,), (mark,), tuple(special.values()))
+            # Training windows end in a corrupted span, so a suffix has one after it, which is never answered.
+            last = (special["span 1"],) if request.suffixes is not None and self.spans.spans > 1 else ()
+            filling = Filling((), (mark,), (*last, mark), tuple(special.values()))
         elif request.suffixes is not None:
             filling = Filling((special["prefix"],), (special["suffix"],), (special["middle"],), (special["end"],))
         elif self.options.rate == 1:  # text that is always rearranged starts with a sentinel, and goes on as plain text

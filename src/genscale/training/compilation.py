@@ -40,7 +40,11 @@ def _uncompile(network: nn.Module) -> None:
 
 
 def decide_compile(
-    requested: bool | Literal["auto"], objective: Objective, measure: Callable[[], None], steps: int, device: torch.device
+    requested: bool | Literal["auto"],
+    objective: Objective,
+    measure: Callable[[], None],
+    steps: int,
+    device: torch.device,
 ) -> bool:
     """Whether to compile; leaves the networks compiled or not accordingly.
 

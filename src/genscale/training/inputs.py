@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def open_inputs(recipe: Recipe, world: World, show_progress: bool | None) -> Inp
             "tokens": {split: sum(store.tokens(split) for store in stores) for split in ("train", "validation")},
             "bytes": {split: sum(store.bytes(split) for store in stores) for split in ("train", "validation")},
         },
-        keep_with=lambda folder: shutil.copyfile(first.path / "tokenizer.json", folder / "tokenizer.json") and None,
+        keep_with=lambda folder: first.tokenizer.save(folder / "tokenizer.json"),
         preview=lambda objective: _completions(objective, first, recipe),
     )
 
@@ -79,7 +78,7 @@ def _must_prepare(recipe: Recipe) -> bool:
             f"data.sources: the store {path} is not there yet and the recipe names no sources; "
             "give them, for example data.sources='[\"~/corpus/**/*.txt\"]'"
         )
-    made = Store.open(path).manifest["recipe"]
+    made = Store.open(path).manifest["inputs"]["data"]
     for name in ("tokenizer", "split"):
         wished = getattr(recipe.data, name).model_dump(mode="json")
         if made[name] != wished:

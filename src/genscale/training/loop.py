@@ -155,6 +155,7 @@ def validate(job: Job) -> bool:
         if job.leads:
             for sample in job.preview():
                 job.run.log_sample(progress.step, **sample)
+                job.tracker.text(progress.step, f"samples/{sample['prompt']}", sample["prompt"] + sample["text"])
     progress.validation_loss = scores["loss"]
     best = progress.best_loss is None or scores["loss"] < progress.best_loss
     if best:

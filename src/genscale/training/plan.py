@@ -39,17 +39,21 @@ def make_plan(recipe: Recipe, tokens_per_sample: int, samples_per_epoch: int) ->
     budget = _positive("training.budget", training.budget, clock)
     steps = max(1, round(budget / batch))
     clock = Clock(tokens_per_sample, batch, samples_per_epoch, steps * batch)
-    validation, checkpoints = training.validation, training.checkpoints
+    validation, checkpoints, average = training.validation, training.checkpoints, training.average
     return Plan(
         batch=batch,
         steps=steps,
         clock=clock,
-        validate_every=_positive("training.validation.every", validation.every, clock),
-        validation_windows=validation.amount and _positive("training.validation.amount", validation.amount, clock),
-        checkpoint_every=_positive("training.checkpoints.every", checkpoints.every, clock),
-        keep_every=checkpoints.keep_every and _positive("training.checkpoints.keep_every", checkpoints.keep_every, clock),
-        half_life=training.average and _positive("training.average.half_life", training.average.half_life, clock),
+        validate_every=max(batch, validation.every.samples(clock)),
+        validation_windows=_optional("training.validation.amount", validation.amount, clock),
+        checkpoint_every=max(batch, checkpoints.every.samples(clock)),
+        keep_every=_optional("training.checkpoints.keep_every", checkpoints.keep_every, clock),
+        half_life=_optional("training.average.half_life", average.half_life if average else None, clock),
     )
+
+
+def _optional(key: str, amount: Amount | None, clock: Clock) -> int | None:
+    return None if amount is None else _positive(key, amount, clock)
 
 
 def _positive(key: str, amount: Amount, clock: Clock) -> int:

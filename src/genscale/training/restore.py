@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import torch
 
 from genscale.data.tokenizer import Tokenizer
@@ -14,18 +16,18 @@ from genscale.training.checkpoint import CheckpointStore
 from genscale.training.state import TrainingState, load_network
 
 
-def load_objective(
-    run: Run, checkpoint: str | int = "best", device: torch.device | str | None = None
-) -> Objective:
+def load_objective(run: Run, checkpoint: str | int = "best", device: torch.device | str | None = None) -> Objective:
     """The run's objective with the weights of a checkpoint: ``best``, ``last``, or a step.
 
     Where the run keeps averages, or its optimizer judges other weights than it trains, these are what is loaded.
 
     Raises:
-        UserError: no such checkpoint, none intact, or made by another model.
+        UserError: a checkpoint of another name, no such checkpoint, none intact, or made by another model.
     """
     device = device if isinstance(device, torch.device) else pick_device(device or "auto")
     objective = build_objective(run.recipe, Tokenizer.load(run.directory / "tokenizer.json").size)
+    if not isinstance(checkpoint, int) and checkpoint not in ("best", "last"):
+        raise UserError(f"checkpoint: expected 'best', 'last' or a step, not '{checkpoint}'")
     store = CheckpointStore(run.checkpoints)
     if not store.steps():
         raise UserError(f"{run.directory} has no checkpoint yet; train it with 'genscale train'")
@@ -34,7 +36,8 @@ def load_objective(
     averaged = run.recipe.training.average is not None
     switches = run.recipe.training.optimizer.kind == "schedule_free"
     prefix = "averages." if averaged else "networks."
-    loaded = store.load(checkpoint, None if switches else lambda name: name.startswith(prefix))
+    which = cast('Literal["best", "last"] | int', checkpoint)
+    loaded = store.load(which, None if switches else lambda name: name.startswith(prefix))
     if switches:
         state = TrainingState(objective, run.recipe, 1 if averaged else None, "fp32")
         state.load(loaded.tensors)

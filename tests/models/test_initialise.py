@@ -1,0 +1,75 @@
+"""Initial weights are a pure function of the seed and the name."""
+
+import math
+
+import pytest
+import torch
+
+from genscale.models.initialise import initialise
+from genscale.models.transformer import Transformer
+from genscale.recipe.model import TransformerModel
+
+
+def weights(seed=0, layers=2, prefix="model", **options):
+    shape = TransformerModel(layers=layers, width=64, heads=4, **options)
+    network = Transformer(shape, 101)
+    torch.manual_seed(int(torch.randint(1000, ()).item()))  # the global generator plays no part
+    initialise(network, seed, prefix)
+    return network.state_dict()
+
+
+def test_the_same_seed_gives_the_same_weights_to_the_bit():
+    one, two = weights(), weights()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_other_layers_do_not_matter():
+    # One scale for both depths: branch outputs are divided by a root of the depth, compared below.
+    small, large = weights(layers=2), weights(layers=5)
+    for name, value in small.items():
+        if name.endswith(("output.weight", "down.weight")):
+            value = value * math.sqrt(2 / 5)
+            torch.testing.assert_close(value, large[name], atol=1e-8, rtol=1e-6)
+        else:
+            assert torch.equal(value, large[name])
+
+
+def test_seed_name_and_prefix_all_count():
+    one = weights()
+    matrix = one["blocks.0.attention.query.weight"]
+    assert not torch.equal(matrix, weights(seed=1)["blocks.0.attention.query.weight"])
+    assert not torch.equal(matrix, weights(prefix="other")["blocks.0.attention.query.weight"])
+    assert not torch.equal(matrix, one["blocks.1.attention.query.weight"])
+    assert not torch.equal(matrix, one["blocks.0.attention.key.weight"])
+
+
+def test_known_value_guards_against_a_change_of_the_rule():
+    # Checkpoints do not depend on it, but every golden curve does.
+    value = weights()["blocks.0.attention.query.weight"]
+    assert value[0, :3].tolist() == pytest.approx(GOLDEN, abs=1e-7)
+
+
+GOLDEN = [0.0, 0.0, 0.0]
+
+
+def test_the_rules():
+    state = weights(
+        initial_std=0.05, bias=True, query_key_value_bias=True, norm="layer", tied_head=False, positions="learned"
+    )
+    for name, value in state.items():
+        if name.endswith("bias"):
+            assert not value.any()
+        elif "norm" in name:
+            assert (value == 1).all()
+        else:
+            branch = name.endswith(("output.weight", "down.weight"))
+            expected = 0.05 / math.sqrt(2 * 2) if branch else 0.05
+            assert value.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_centred_norms_start_at_zero_and_output_layers_may():
+    state = weights(norm_centred=True, zero_output_layers=True)
+    assert not state["norm.weight"].any()
+    assert not state["blocks.1.attention.output.weight"].any()
+    assert not state["blocks.1.feed_forward.down.weight"].any()
+    assert state["blocks.1.feed_forward.up.weight"].any()
