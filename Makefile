@@ -19,7 +19,7 @@ demo: $(BIN)/genscale
 	$(BIN)/genscale demo
 
 test: $(VENV)/.test-tools
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 lint: $(VENV)/.test-tools
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from genscale.data.sources import list_files
 from genscale.recipe.data import Source
 from genscale.runtime.errors import UserError
 
-ODD = ["plain", "naïve, \"quoted\"\nand broken", "日本語 👩‍👩‍👧", "tab\tand\r\nreturn", "\x00\u2028\ufeff"]
+ODD = ["plain", 'naïve, "quoted"\nand broken', "日本語 👩‍👩‍👧", "tab\tand\r\nreturn", "\x00\u2028\ufeff"]
 
 
 def texts(path: Path, undecodable: str = "replace", damaged: str = "fail", **source: str) -> tuple[list[str], Report]:

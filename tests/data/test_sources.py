@@ -40,9 +40,7 @@ def test_a_folder_is_listed_by_path_without_hidden_files(tmp_path: Path) -> None
 
 def test_sources_keep_the_order_of_the_recipe_and_their_licence(tmp_path: Path) -> None:
     write(tmp_path, one_txt="1", two_txt="22")
-    files = list_files(
-        [Source(path=str(tmp_path / "two.txt"), licence="MIT"), Source(path=str(tmp_path / "one.txt"))]
-    )
+    files = list_files([Source(path=str(tmp_path / "two.txt"), licence="MIT"), Source(path=str(tmp_path / "one.txt"))])
     assert [(file.source, file.path, file.size, file.licence) for file in files] == [
         (0, "two.txt", 2, "MIT"),
         (1, "one.txt", 1, None),
@@ -189,9 +187,7 @@ def refusal(*sources: Source) -> str:
 
 
 def test_no_sources() -> None:
-    assert refusal() == (
-        "data.sources is empty; expected at least one file, folder, glob, URL, or 'python:stdlib'"
-    )
+    assert refusal() == ("data.sources is empty; expected at least one file, folder, glob, URL, or 'python:stdlib'")
 
 
 def test_missing_source_is_named_with_its_nearest(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_numpy_and_pyarrow_read_it_by_themselves(store: Store) -> None:
     ]
     shards = [np.load(store.path / f"train-{i:05d}.npy") for i in range(3)]
     assert [len(shard) for shard in shards] == [6, 6, 2]
-    assert np.concatenate(shards).tolist() == sum(TRAIN, [])
+    assert np.concatenate(shards).tolist() == list(chain(*TRAIN))
     assert np.load(store.path / "train-documents.npy").tolist() == [0, 4, 6, 11]
     table = pq.read_table(store.path / "documents.parquet")
     assert table.schema.names == documents_schema().names
@@ -58,7 +59,7 @@ def test_opening_gives_memory_mapped_arrays(store: Store) -> None:
     assert (opened.tokens("train"), opened.tokens("validation"), opened.bytes("train")) == (14, 3, 10)
     assert all(isinstance(shard, np.memmap) for shard in opened.shards("train"))
     assert opened.dtype == np.uint16 == opened.shards("train")[0].dtype
-    assert np.concatenate(opened.shards("train")).tolist() == sum(TRAIN, [])
+    assert np.concatenate(opened.shards("train")).tolist() == list(chain(*TRAIN))
     assert isinstance(opened.document_starts("train"), np.memmap)
     assert opened.document_starts("train").dtype == np.int64
     assert opened.tokenizer.fingerprint == store.tokenizer.fingerprint
@@ -92,7 +93,7 @@ def test_the_fingerprint_does_not_depend_on_how_the_parts_came(tmp_path: Path, t
     rows = one.documents().to_pylist()
     (tmp_path / "many").mkdir()
     writer = StoreWriter(tmp_path / "many", tokenizer, 100_000_000)
-    tokens = [("train", np.array(sum(TRAIN, []))), ("validation", np.array(sum(VALIDATION, [])))]
+    tokens = [("train", np.array(list(chain(*TRAIN)))), ("validation", np.array(list(chain(*VALIDATION))))]
     writer.add(tokens, [pa.Table.from_pylist(rows[:2]), pa.Table.from_pylist(rows[2:])])
     assert writer.finish({})["fingerprint"] == one.fingerprint
 
@@ -188,3 +189,18 @@ def test_an_unknown_split(store: Store) -> None:
 def test_write_store_never_overwrites(store: Store, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="exists"):
         write_store(store.path, {"train": TRAIN}, tokenizer)
+
+
+def test_the_example_of_the_documentation(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
+    example = text.split("```python\n")[1].split("```")[0]
+    exec(example.replace("stores/tiny", str(store.path)), {})
+    assert capsys.readouterr().out == "tokens train None\nabc\n"
+
+
+def test_the_documentation_names_every_column_and_key(store: Store) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "store.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` | {kind} |" in text for name, kind in zip(
+        documents_schema().names, map(str, documents_schema().types), strict=True
+    ))  # fmt: skip
+    assert all(f"`{key}`" in text for key in store.manifest)

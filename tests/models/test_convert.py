@@ -130,7 +130,6 @@ def test_a_network_of_ours_runs_in_transformers(family):
     ours = Transformer(TransformerModel(**options), 97).eval()
     initialise(ours, 0)
     config, state = to_transformers(ours.shape, 97, ours.state_dict(), family)
-    configuration = type(CONFIGS["gemma 2" if family == "gemma2" else "gpt2"])
     configuration = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config}[family]
     theirs = AutoModelForCausalLM.from_config(configuration(**config, attn_implementation="eager")).eval()
     missing, unexpected = theirs.load_state_dict(state, strict=False)

@@ -32,3 +32,10 @@ def test_feed_forward_equals_its_formula(kind, bias):
 
     expected = project("down", FORMULAS[kind](project("up", x), project("gate", x)))
     torch.testing.assert_close(layer(x), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_squared_relu_has_right_first_and_second_derivatives():
+    layer = FeedForward(3, 5, "relu_squared").double()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    assert torch.autograd.gradgradcheck(layer, (x,))

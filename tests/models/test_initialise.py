@@ -13,7 +13,7 @@ from genscale.recipe.model import TransformerModel
 def weights(seed=0, layers=2, prefix="model", **options):
     shape = TransformerModel(layers=layers, width=64, heads=4, **options)
     network = Transformer(shape, 101)
-    torch.manual_seed(int(torch.randint(1000, ()).item()))  # the global generator plays no part
+    torch.rand(3)  # the global generator plays no part
     initialise(network, seed, prefix)
     return network.state_dict()
 
@@ -46,10 +46,7 @@ def test_seed_name_and_prefix_all_count():
 def test_known_value_guards_against_a_change_of_the_rule():
     # Checkpoints do not depend on it, but every golden curve does.
     value = weights()["blocks.0.attention.query.weight"]
-    assert value[0, :3].tolist() == pytest.approx(GOLDEN, abs=1e-7)
-
-
-GOLDEN = [0.0, 0.0, 0.0]
+    assert value[0, :3].tolist() == pytest.approx([0.0057068048, 0.0016469925, 0.0190916657], abs=1e-8)
 
 
 def test_the_rules():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from genscale.models import attention
 from genscale.models.initialise import initialise
 from genscale.models.transformer import Transformer
 from genscale.recipe.model import TransformerModel
@@ -64,11 +64,10 @@ def test_sliding_windows_limit_how_far_information_flows(which, reach):
         {"key_value_heads": 2, "head_width": 16, "hidden": 50},
     ],
 )
-def test_flops_per_token_are_those_that_torch_counts(monkeypatch, options):
-    monkeypatch.setattr(attention, "LARGEST_PROBABILITIES", -1)  # the whole square of keys, as the convention counts
+def test_flops_per_token_are_those_that_torch_counts(options):
     model, text = network(**options), tokens()
-    with FlopCounterMode(display=False) as counter:
-        # As for a loss on hidden states that need gradients too: the first layer's input gradient is counted.
+    # The math kernel multiplies the whole square of scores, as the convention counts.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(text).sum().backward()
     assert counter.get_total_flops() == pytest.approx(model.flops_per_token(20) * text.numel(), rel=1e-6)
 

@@ -143,6 +143,22 @@ def test_masking_rates_are_spread_evenly_and_kept_by_position():
     assert not torch.equal(*shares)
 
 
+@pytest.mark.parametrize("kind", ["causal", "masked", "middle"])
+def test_what_padding_holds_does_not_matter(kind):
+    objective = build(kind).eval()
+    batch = random_batch(8)
+    valid = torch.arange(24) < torch.tensor([24, 20, 17, 12, 8, 3, 1, 0])[:, None]
+    losses = []
+    for padding in (0, 7):
+        text = torch.cat((torch.ones(8, 1, dtype=torch.bool), valid), dim=1)
+        tokens = torch.where(text, batch.tokens, padding)
+        padded = TextBatch(tokens, batch.documents, valid, batch.positions)
+        losses.append(objective.validate(padded, Rng(0, 0, "validate", batch.positions)))
+    torch.testing.assert_close(losses[0].total, losses[1].total, rtol=1e-6, atol=0)
+    if kind != "middle":  # where sentinels count as well
+        assert losses[0].metrics["loss"][1] == valid.sum()
+
+
 def test_masked_network_never_reads_padding():
     objective = build("masked")
     batch = random_batch(8, ragged=True)

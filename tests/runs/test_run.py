@@ -17,6 +17,13 @@ def recipe(**changes: object) -> Recipe:
     return Recipe.model_validate({"name": "tiny", "seed": 3, **changes})
 
 
+def begun(directory: Path) -> Run:
+    """A run that has its first checkpoint."""
+    run = Run.create(directory, recipe(), "f00d")
+    (run.checkpoints / "step-00000000").mkdir(parents=True)
+    return run
+
+
 def test_a_new_run_records_recipe_data_and_environment(tmp_path):
     run = Run.create(tmp_path / "runs" / "tiny", recipe(), "f00d")
     assert not run.resumed
@@ -48,7 +55,7 @@ def test_the_same_recipe_and_data_go_on_and_nothing_is_rewritten(tmp_path):
 
 
 def test_another_recipe_is_refused_with_the_difference_on_one_line(tmp_path):
-    Run.create(tmp_path, recipe(), "f00d")
+    begun(tmp_path)
     with pytest.raises(UserError) as caught:
         Run.create(tmp_path, recipe(training={"batch": "32 samples"}), "f00d")
     message = str(caught.value)
@@ -60,16 +67,37 @@ def test_another_recipe_is_refused_with_the_difference_on_one_line(tmp_path):
 
 
 def test_many_differences_are_cut_to_three(tmp_path):
-    Run.create(tmp_path, recipe(), "f00d")
+    begun(tmp_path)
     other = recipe(seed=4, training={"batch": "32 samples", "budget": "3 steps", "gradient_clip": 2.0}, name="big")
     with pytest.raises(UserError, match=r" and 2 more; choose another"):
         Run.create(tmp_path, other, "f00d")
 
 
 def test_other_data_is_refused(tmp_path):
-    Run.create(tmp_path, recipe(), "f00d")
+    begun(tmp_path)
     with pytest.raises(UserError, match="holds another run: its data has the fingerprint f00d, not beef"):
         Run.create(tmp_path, recipe(), "beef")
+
+
+def test_a_run_that_never_came_to_a_checkpoint_is_not_in_the_way(tmp_path):
+    Run.create(tmp_path, recipe(), "f00d").record(decisions={"precision": "fp16"})
+    other = recipe(seed=4)
+    with Run.open(tmp_path).lock(), pytest.raises(UserError, match="is using"):
+        Run.create(tmp_path, other, "beef")
+    run = Run.create(tmp_path, other, "beef")
+    assert (run.resumed, run.recipe, run.data_fingerprint) == (False, other, "beef")
+    assert Run.open(tmp_path).facts == run.facts
+    assert "decisions" not in run.facts
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_that_holds_the_run(tmp_path):
+    run = begun(tmp_path)
+    run.weights.mkdir()
+    before = set(tmp_path.rglob("*"))
+    for name in (".facts.json.7.aside", ".metrics.jsonl.7.aside", "weights/.model.safetensors.7.aside"):
+        (tmp_path / name).write_text("half")
+    with run.lock():
+        assert set(tmp_path.rglob("*")) == before
 
 
 CHANGES = {

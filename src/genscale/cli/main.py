@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = commands.main(words, prog_name="genscale", standalone_mode=False)
     except UserError as error:
-        _end(f"error: {error}", 2)
+        _end(None if error.told else f"error: {error}", 2)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         _end(f"error: {f'{context.command_path}: ' if context else ''}{error.format_message()}", 2)
@@ -72,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _end(line: str, code: int) -> NoReturn:
-    click.echo(line, err=True)
+def _end(line: str | None, code: int) -> NoReturn:
+    if line is not None:
+        click.echo(line, err=True)
     sys.exit(code)
 
 

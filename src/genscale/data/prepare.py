@@ -25,8 +25,8 @@ from genscale.data.formats import Piece, Report
 from genscale.data.sources import SourceFile, list_files
 from genscale.data.store import SPLITS, Store, StoreWriter, partial_folder, token_dtype
 from genscale.data.tokenizer import END_OF_DOCUMENT_NAMES, Tokenizer, character_tokenizer, train_bpe
-from genscale.data.units import Job, Unit, needs_measure, plan, sampled_fraction
-from genscale.data.workers import disk_full, is_disk_full, run_jobs
+from genscale.data.units import UNIT, Job, Unit, needs_measure, plan, sampled_fraction
+from genscale.data.workers import Workers, disk_full, is_disk_full
 from genscale.recipe.data import TextData
 from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError
@@ -210,19 +210,21 @@ class _Preparation:
         self.progress = progress
         size = sum(file.size or 0 for file in files)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = max(1, cores if workers is None else workers)
+        count = max(1, cores if workers is None else workers)
         if size < _SMALL or any(file.url.startswith("memory://") for file in files):
-            self.workers = 0  # files in this process's memory are nowhere else
+            count = 0  # files in this process's memory are nowhere else
+        self.workers = Workers(count)
 
     def run(self, tokenizer: Tokenizer | None) -> Store:
         self._open_partial()
-        units = plan(self.files, self._measure(), self.data)
-        if tokenizer is None:
-            tokenizer = self._make_tokenizer(units)
-        file = self.partial / "tokenizer.json"
-        if not file.exists():
-            tokenizer.save(file)
-        summaries = self._run("encode", units, "tokenising", file, tokenizer.end_of_document_token)
+        with self.workers:
+            units = plan(self.files, self._measure(), self.data)
+            if tokenizer is None:
+                tokenizer = self._make_tokenizer(units)
+            file = self.partial / "tokenizer.json"
+            if not file.exists():
+                tokenizer.save(file)
+            summaries = self._run("encode", units, "tokenising", file, tokenizer.end_of_document_token)
         reports = self._reports(summaries)
         self._check_split(reports)
         manifest = self._assemble(tokenizer, units, reports, summaries)
@@ -284,17 +286,16 @@ class _Preparation:
         priorities = np.concatenate([batch["priority"].to_numpy() for batch in batches()] or [np.zeros(0)])
         sizes = np.concatenate([pc.binary_length(batch["text"]).to_numpy() for batch in batches()] or [np.zeros(0)])
         order = np.argsort(priorities, kind="stable")
-        within = np.cumsum(sizes[order]) <= training_bytes
-        chosen = np.zeros(len(order), bool)
-        chosen[order[within]] = True
-        if len(chosen) and not chosen.any():  # one block alone is larger: its beginning
-            chosen[order[0]] = True
-        done, total, row = 0, int(min(sizes.sum(), training_bytes)), 0
+        before = np.cumsum(sizes[order]) - sizes[order]
+        taken = np.zeros(len(order), np.int64)  # bytes of each block; of the last one chosen, its beginning
+        taken[order] = np.clip(training_bytes - before, 0, sizes[order])
+        done, total, row = 0, int(taken.sum()), 0
         for batch in batches():
-            for text in batch["text"].filter(pa.array(chosen[row : row + len(batch)])).to_pylist():
-                yield text if len(text) <= training_bytes else text[:training_bytes]
-                done += len(text)
-                self.progress("training the tokenizer", min(done, total), total, "bytes")
+            for number in np.flatnonzero(taken[row : row + len(batch)]).tolist():
+                size = int(taken[row + number])
+                yield batch["text"][number].as_py().encode()[:size].decode(errors="ignore")
+                done += size
+                self.progress("training the tokenizer", done, total, "bytes")
             row += len(batch)
 
     def _run(
@@ -308,7 +309,7 @@ class _Preparation:
         wanted = self.data.tokenizer
         sampled = sampled_fraction(self.files, wanted.training_bytes) if wanted.kind == "bpe" else 0.0
         folder = self.partial / task
-        jobs = [Job(task, unit, self.data, folder, tokenizer, end_of_document, sampled) for unit in units]
+        jobs = [Job(task, unit, self.data, folder, tokenizer, end_of_document, UNIT, sampled) for unit in units]
         sizes = {unit.number: unit.size for unit in units}
         done = dict.fromkeys(sizes, 0)
         total = sum(sizes.values())
@@ -319,9 +320,7 @@ class _Preparation:
             self.progress(stage, sum(done.values()), total, "bytes")
 
         self.progress(stage, 0, total, "bytes")
-        results = run_jobs(jobs, self.workers, tick)
-        self.progress(stage, total, total, "bytes")
-        return results
+        return self.workers.run(jobs, tick)
 
     def _reports(self, summaries: dict[int, Any]) -> list[Report]:
         """What became of each source's documents."""
@@ -362,9 +361,10 @@ class _Preparation:
         writer = StoreWriter(self.partial, tokenizer, self.data.shard_tokens)
         try:
             dtype = token_dtype(tokenizer.size)
+            total = len({unit.group for unit in units})
             for number, (tokens, tables) in enumerate(unit_outputs(self.partial / "encode", units, dtype)):
                 writer.add(tokens, tables)
-                self.progress("writing the store", number + 1, len(units), "units")
+                self.progress("writing the store", number + 1, total, "units")
             sources = [
                 {**described, **report.to_dict()}
                 for described, report in zip(self.inputs["sources"], reports, strict=True)

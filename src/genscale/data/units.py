@@ -46,6 +46,8 @@ class Job:
     """Where the outputs of this task are: ``<folder>/<unit number>``."""
     tokenizer: Path | None = None
     end_of_document: str | None = None
+    range_size: int = UNIT
+    """Least bytes in a range of a long text, for ``measure``."""
     sampled: float = 0.0
     """The fraction of the training text that the survey keeps for training the tokenizer."""
 
@@ -132,8 +134,11 @@ def _runs(sizes: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
 
 
 def sampled_fraction(files: Sequence[SourceFile], training_bytes: int) -> float:
-    """How much of the text to keep for training a tokenizer: twice what is wanted, as far as sizes tell."""
+    """How much of the text to keep for training a tokenizer: twice what is wanted, as far as sizes tell.
+
+    And never so little that chance might leave nothing: texts come in blocks of up to a megabyte.
+    """
     total = sum(
         (file.size or 0) * (_EXPANSION if file.compression or file.format == "parquet" else 1) for file in files
     )
-    return min(1.0, 2 * training_bytes / max(total, 1))
+    return min(1.0, 2 * max(training_bytes, 1 << 24) / max(total, 1))

@@ -15,7 +15,7 @@ from genscale.data.encoding import UnitWriter, utf8_length
 from genscale.data.formats import Intake, Report, read
 from genscale.data.store import documents_schema
 from genscale.data.tokenizer import Tokenizer
-from genscale.data.units import UNIT, Job, Tick
+from genscale.data.units import Job, Tick
 from genscale.recipe.data import TextData
 from genscale.runtime.files import checksum, sync_folder, write_atomically
 
@@ -27,7 +27,7 @@ def perform(job: Job, tick: Tick) -> Any:
     if job.task == "measure":
         (piece,) = job.unit.pieces
         with piece.file.open() as stream:
-            return measure(stream, UNIT, tick)
+            return measure(stream, job.range_size, tick)
     finished = job.folder / f"{job.unit.number:06d}"
     summary = _finished(finished)
     if summary is not None:

@@ -6,6 +6,7 @@ dangerous, and spawning would run the user's own script a second time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -26,44 +27,105 @@ _ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP
 _TICK = 1 << 22  # bytes of work between two reports of progress
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, tick: Callable[[int, int], None]) -> dict[int, Any]:
-    """Perform all jobs; with 0 workers in this process. Returns each job's result by its unit's number.
+Message = tuple[str, Job, Any]
+"""Kind ("tick", "done", "user error", "disk full", "killed" or "error"), the job it is about, content."""
 
-    Args:
-        tick: told of progress: (unit number, bytes done since it was last told).
 
-    Raises:
-        UserError: from a job; the disk is full; or a worker was killed.
+class Workers:
+    """``count`` processes that perform jobs, started when there is work for them; with 0, this process does it.
+
+    A context manager: leaving it ends the processes, whatever they are doing.
     """
-    if not workers:
-        return {job.unit.number: _perform_here(job, tick) for job in jobs}
-    results = {}
-    for kind, job, content in _messages(jobs, min(workers, len(jobs))):
-        if kind == "tick":
-            tick(job.unit.number, content)
-        elif kind == "done":
-            results[job.unit.number] = content
-        elif kind == "user error":
-            raise UserError(content)
-        elif kind == "disk full":
-            raise disk_full(job.folder)
-        elif kind == "killed":
-            raise UserError(
-                f"a worker process ended ({content}) while it read {job.unit.pieces[0].file.url}; if memory ran out, "
-                "use fewer workers; the same command goes on from here"
-            )
-        else:
-            raise RuntimeError(f"a worker failed on {job.unit.pieces[0].file.url}:\n{content}")
-    return results
+
+    def __init__(self, count: int):
+        self.count = count
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        for thread in self._threads:
+            thread.join()
+        for process in self._processes:
+            _close(process.stdin)
+            _close(process.stdout)
+
+    def run(self, jobs: Sequence[Job], tick: Callable[[int, int], None]) -> dict[int, Any]:
+        """Perform all jobs. Returns each job's result by its unit's number.
+
+        Args:
+            jobs: the work.
+            tick: told of progress: (unit number, bytes done since it was last told).
+
+        Raises:
+            UserError: from a job; the disk is full; or a worker was killed.
+        """
+        results = {}
+        for kind, job, content in self._messages(jobs) if self.count else _perform_here(jobs):
+            if kind == "tick":
+                tick(job.unit.number, content)
+            elif kind == "done":
+                results[job.unit.number] = content
+                tick(job.unit.number, job.unit.size)
+            elif kind == "user error":
+                raise UserError(content)
+            elif kind == "disk full":
+                raise disk_full(job.folder)
+            elif kind == "killed":
+                raise UserError(
+                    f"a worker process ended ({content}) while it read {job.unit.pieces[0].file.url}; if memory ran "
+                    "out, use fewer workers; the same command goes on from here"
+                )
+            else:
+                raise RuntimeError(f"a worker failed on {job.unit.pieces[0].file.url}:\n{content}")
+        return results
+
+    def _messages(self, jobs: Sequence[Job]) -> Iterator[Message]:
+        """What the workers say, until all jobs are done."""
+        inbox: queue.Queue[Message | None] = queue.Queue()
+        pending = iter(jobs)
+        guard = threading.Lock()
+        while len(self._processes) < min(self.count, len(jobs)):
+            self._processes.append(_start())
+
+        def attend(process: subprocess.Popen[bytes]) -> None:
+            """One thread for each worker: hand it jobs, pass on what it says."""
+            while True:
+                with guard:
+                    job = next(pending, None)
+                if job is None:
+                    inbox.put(None)
+                    return
+                for message in _converse(process, job):
+                    inbox.put(message)
+
+        self._threads = [threading.Thread(target=attend, args=(process,), daemon=True) for process in self._processes]
+        for thread in self._threads:
+            thread.start()
+        attending = len(self._threads)
+        while attending:
+            message = inbox.get()
+            if message is None:
+                attending -= 1
+            else:
+                yield message
 
 
-def _perform_here(job: Job, tick: Callable[[int, int], None]) -> Any:
-    try:
-        return perform(job, lambda done: tick(job.unit.number, done))
-    except OSError as error:
-        if is_disk_full(error):
-            raise disk_full(job.folder) from None
-        raise
+def _perform_here(jobs: Sequence[Job]) -> Iterator[Message]:
+    for job in jobs:
+        try:
+            result = perform(job, lambda done: None)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            yield "disk full", job, None
+            return
+        yield "done", job, result
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -76,50 +138,6 @@ def disk_full(folder: Path) -> UserError:
     return UserError(
         f"the disk is full: cannot write to {folder}; free some space, and the same command goes on from here"
     )
-
-
-Message = tuple[str, Job, Any]
-
-
-def _messages(jobs: Sequence[Job], workers: int) -> Iterator[Message]:
-    """What the workers say, until all jobs are done. Ends the workers however it ends."""
-    inbox: queue.Queue[Message | None] = queue.Queue()
-    pending = iter(jobs)
-    guard = threading.Lock()
-    processes = [_start() for _ in range(workers)]
-
-    def attend(process: subprocess.Popen[bytes]) -> None:
-        """One thread for each worker: hand it jobs, pass on what it says."""
-        while True:
-            with guard:
-                job = next(pending, None)
-            if job is None:
-                inbox.put(None)
-                return
-            for message in _converse(process, job):
-                inbox.put(message)
-
-    threads = [threading.Thread(target=attend, args=(process,), daemon=True) for process in processes]
-    for thread in threads:
-        thread.start()
-    try:
-        attending = workers
-        while attending:
-            message = inbox.get()
-            if message is None:
-                attending -= 1
-            else:
-                yield message
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for thread in threads:
-            thread.join()
-        for process in processes:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    _close(pipe)
 
 
 def _converse(process: subprocess.Popen[bytes], job: Job) -> Iterator[Message]:
@@ -138,10 +156,8 @@ def _converse(process: subprocess.Popen[bytes], job: Job) -> Iterator[Message]:
 
 
 def _close(pipe: Any) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError):  # a job was on its way to a worker that is gone
         pipe.close()
-    except BrokenPipeError:  # a job was on its way to a worker that is gone
-        return
 
 
 def _start() -> subprocess.Popen[bytes]:

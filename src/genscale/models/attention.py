@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genscale.models.blockwise import LARGEST_PROBABILITIES, blockwise_attention, bytes_of_probabilities
+from genscale.models.blockwise import blocks_pay, blockwise_attention
 from genscale.models.cache import KeyValueCache
 from genscale.models.mask import AttentionMask
 from genscale.models.normalisation import Norm
@@ -110,22 +110,15 @@ def attend(
     Returns:
         (batch, heads, queries, head_width).
     """
-    on_cpu = queries.device.type == "cpu"
     regular = mask.triangular or mask.all_visible
     uneven = soft_cap is not None or not regular
-    if uneven and not on_cpu and not dropout and queries.shape[2] > 1 and _fused_allowed():
+    if uneven and queries.device.type != "cpu" and not dropout and queries.shape[2] > 1 and _fused_allowed():
         from genscale.models.flex import flex_attend
 
         return flex_attend(queries, keys, values, mask, scale, soft_cap)
     if soft_cap is not None:
         return capped_attention(queries, keys, values, mask, scale, soft_cap, dropout)
-    if (
-        on_cpu
-        and queries.shape[2] == keys.shape[2]
-        and _fused_allowed()
-        and not torch.compiler.is_compiling()
-        and bytes_of_probabilities(queries, mask) <= LARGEST_PROBABILITIES
-    ):
+    if _fused_allowed() and blocks_pay(queries, keys, mask):
         return blockwise_attention(queries, keys, values, mask, scale, dropout)
     return F.scaled_dot_product_attention(
         queries,
@@ -141,7 +134,8 @@ def attend(
 
 def _fused_allowed() -> bool:
     """False inside ``sdpa_kernel(SDPBackend.MATH)``, which asks for kernels that can be differentiated twice."""
-    return torch.backends.cuda.flash_sdp_enabled()  # the switch is global, whatever its name says
+    # The switch is global, whatever its name says; the compiler, which cannot read it, has no double backward anyway.
+    return torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()
 
 
 def capped_attention(

@@ -13,10 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genscale.models.mask import AttentionMask, triangle
+from genscale.models.mask import AttentionMask
 
 LARGEST_PROBABILITIES = 256 * 2**20
 """Bytes of probabilities kept in one layer, above which the fused kernel, which keeps none, is the better choice."""
+
+
+SHORTEST_IN_FULL_PRECISION = 256
+"""Queries from which this is the faster way in float32; in bfloat16 it always is."""
+
+
+def blocks_pay(queries: Tensor, keys: Tensor, mask: AttentionMask) -> bool:
+    """Whether this is the better kernel: whole sequences on a CPU whose probabilities fit in memory."""
+    return (
+        queries.device.type == "cpu"
+        and queries.shape[2] == keys.shape[2]
+        and (queries.element_size() < 4 or queries.shape[2] >= SHORTEST_IN_FULL_PRECISION)
+        and bytes_of_probabilities(queries, mask) <= LARGEST_PROBABILITIES
+    )
 
 
 def block_of(queries: int) -> int:
@@ -48,7 +62,10 @@ def blockwise_attention(
     Returns:
         (batch, heads, queries, head_width).
     """
-    return _Blockwise.apply(queries, keys, values, mask, scale, dropout)
+    bias = None
+    if not mask.all_visible:  # where only causality hides keys, each block's own columns alone are partly hidden
+        bias = mask.triangle(block_of(mask.queries), queries.dtype) if mask.plain else mask.bias(queries.dtype)
+    return _Blockwise.apply(queries, keys, values, bias, mask, scale, dropout)
 
 
 class _Blockwise(torch.autograd.Function):
@@ -56,7 +73,14 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask, scale: float, dropout: float
+        ctx: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        mask: AttentionMask,
+        scale: float,
+        dropout: float,
     ) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             batch, heads, length, width = queries.shape
@@ -70,7 +94,12 @@ class _Blockwise(torch.autograd.Function):
                 last = min(first + ctx.block, length)
                 low, high = mask.key_range(first, last)
                 scores = torch.bmm(q[:, :, first:last].flatten(1, 2), k[:, low:high].transpose(1, 2))  # (N, G Q, K)
-                _hide(scores.view(batch, -1, groups, last - first, high - low), mask, first, last, low, high)
+                if bias is not None and mask.plain:
+                    size = last - first
+                    scores.view(-1, groups, size, high - low)[..., high - low - size :].add_(bias[:size, :size])
+                elif bias is not None:
+                    hidden = bias[:, :, None, first:last, low:high]  # (batch or 1, 1, 1, Q, K)
+                    scores.view(batch, -1, groups, last - first, high - low).add_(hidden)
                 probabilities = torch.softmax(scores, -1)
                 kept.append(probabilities)
                 if dropout:
@@ -81,8 +110,9 @@ class _Blockwise(torch.autograd.Function):
             return output.view(batch, heads, length, width)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("blockwise attention differentiates once; use sdpa_kernel(SDPBackend.MATH)")
         q, k, v, *kept = ctx.saved_tensors
         batch, heads, length, width = gradient.shape
         groups = q.shape[1]
@@ -105,15 +135,4 @@ class _Blockwise(torch.autograd.Function):
             d_v[:, low:high] += torch.bmm(dropped_out.transpose(1, 2), d_output)
         d_q.mul_(ctx.scale)
         split = (batch, -1, *k.shape[1:])
-        return d_q.view(batch, heads, length, width), d_k.view(split), d_v.view(split), None, None, None
-
-
-def _hide(scores: Tensor, mask: AttentionMask, first: int, last: int, low: int, high: int) -> None:
-    """Add minus infinity where a query of the block must not see a key. ``scores``: (batch, heads, G, Q, K)."""
-    if mask.all_visible:
-        return
-    if mask.plain:  # causal: only the block's own columns are partly hidden
-        size = last - first
-        scores[..., high - low - size :].add_(triangle(size, scores.dtype, scores.device))
-    else:
-        scores.add_(mask.bias(scores.dtype)[:, :, None, first:last, low:high])
+        return d_q.view(batch, heads, length, width), d_k.view(split), d_v.view(split), None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,27 @@ class FeedForward(nn.Module):
             gate = self.gate(x)
             hidden = (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * hidden
         elif self.kind == "relu_squared":
-            hidden = torch.square(F.relu(hidden))
+            hidden = _ReluSquared.apply(hidden)
         else:
             hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none")
         return self.down(hidden)
+
+
+class _ReluSquared(torch.autograd.Function):
+    """relu(x)^2 in two passes over memory each way, and with only x kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        positive = torch.relu(x)
+        return positive.mul_(positive)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        positive = torch.relu(ctx.saved_tensors[0])
+        return torch.addcmul(positive.new_zeros(()), positive, gradient, value=2)

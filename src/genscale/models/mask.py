@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -37,6 +35,7 @@ class AttentionMask:
         self.device = device
         self._visible: Tensor | None = None
         self._bias: Tensor | None = None
+        self._triangle: Tensor | None = None
         self.flex_mask: object = None
         """The block mask of models/flex.py, kept here so that it is made once per forward."""
 
@@ -96,8 +95,8 @@ class AttentionMask:
             self._bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
         return self._bias
 
-
-@lru_cache(maxsize=16)
-def triangle(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(size, size): minus infinity above the diagonal, zero elsewhere."""
-    return torch.full((size, size), -torch.inf, dtype=dtype, device=device).triu_(1)
+    def triangle(self, size: int, dtype: torch.dtype) -> Tensor:
+        """(size, size): the causal bias of equally many queries and keys, minus infinity above the diagonal."""
+        if self._triangle is None or self._triangle.shape[0] < size or self._triangle.dtype != dtype:
+            self._triangle = torch.full((size, size), -torch.inf, dtype=dtype, device=self.device).triu_(1)
+        return self._triangle[:size, :size]

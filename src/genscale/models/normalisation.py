@@ -89,7 +89,8 @@ class _RootMeanSquareNorm(torch.autograd.Function):
         normed = x * reciprocal
         gradient_of_scale = None
         if scale is not None:
-            gradient_of_scale = (gradient * normed).flatten(0, -2).sum(0, dtype=torch.float32).to(scale.dtype)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            gradient_of_scale = (gradient * normed).flatten(0, -2).sum(0, dtype=wide).to(scale.dtype)
             gradient = gradient * scale
         projection = torch.linalg.vecdot(gradient, normed).unsqueeze(-1)
         return torch.addcmul(gradient, normed, projection, value=-1 / x.shape[-1]) * reciprocal, gradient_of_scale, None

@@ -17,7 +17,8 @@ import json
 import os
 import re
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ FREE = (
 """The keys of a recipe that may change when a run goes on, because what is learned does not depend on them."""
 
 _LEFT_BY_A_KILLED_CREATE = re.compile(r"lock|facts\.json|\.(facts\.json|recipe\.yaml)\.\d+\.aside")
+_WRITTEN_ASIDE = (".*.json.*.aside", ".*.jsonl.*.aside", ".recipe.yaml.*.aside", "weights/.*.aside")
 
 
 class Run:
@@ -66,15 +68,20 @@ class Run:
         self._facts = facts
 
     @classmethod
-    def create(cls, directory: str | Path, recipe: Recipe, data_fingerprint: str) -> Run:
+    def create(cls, directory: str | Path, recipe: Recipe, data_fingerprint: str, *, holds_lock: bool = False) -> Run:
         """Start a run, or go on with it when the directory holds the same recipe and data.
+
+        A run that never came to its first checkpoint holds nothing yet, and another recipe takes its place.
+
+        Args:
+            holds_lock: the caller is within :meth:`lock`.
 
         Raises UserError, on one line, when the directory holds another run (with the difference), other files, or
         cannot be written.
         """
         directory = Path(directory).expanduser()
         if (directory / "recipe.yaml").exists():
-            return cls._go_on(directory, recipe, data_fingerprint)
+            return cls._go_on(directory, recipe, data_fingerprint, holds_lock)
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory} is a file; the run directory must be a new or an empty folder")
         strangers = [p.name for p in _entries(directory) if not _LEFT_BY_A_KILLED_CREATE.fullmatch(p.name)]
@@ -82,43 +89,43 @@ class Run:
             raise UserError(
                 f"{directory} holds other files ({min(strangers)}) and no recipe.yaml; choose another `run=`"
             )
-        facts = {
-            "data": data_fingerprint,
-            "store": os.path.abspath(os.path.expanduser(recipe.store_directory)),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "status": "created",
-            "environment": environment(),
-        }
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
         run = cls(directory, recipe, {}, resumed=False)
-        with run.lock():
+        with nullcontext() if holds_lock else run.lock():
             if (directory / "recipe.yaml").exists():  # another process was here first
                 return cls._go_on(directory, recipe, data_fingerprint, holds_lock=True)
-            run.record(**facts)
-            run._write_recipe(recipe)  # last: a directory is a run from this moment on
+            run._begin(recipe, data_fingerprint)
         return run
 
+    def _begin(self, recipe: Recipe, data_fingerprint: str) -> None:
+        self._facts = {}
+        self.record(
+            data=data_fingerprint,
+            store=_absolute_store(recipe),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            status="created",
+            environment=environment(),
+        )
+        self._write_recipe(recipe)  # last: a directory is a run from this moment on
+
     @classmethod
-    def _go_on(cls, directory: Path, recipe: Recipe, data_fingerprint: str, holds_lock: bool = False) -> Run:
+    def _go_on(cls, directory: Path, recipe: Recipe, data_fingerprint: str, holds_lock: bool) -> Run:
         run = cls.open(directory)
         run.resumed = True
-        another = f"{directory} holds another run"
-        advice = "choose another `run=` or delete that directory"
-        changes = differences(run.recipe, _with_free_keys_of(run.recipe, recipe))
-        if changes:
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-            raise UserError(f"{another}: {'; '.join(changes[:3])}{more}; {advice}")
-        if run.data_fingerprint != data_fingerprint:
-            raise UserError(
-                f"{another}: its data has the fingerprint {run.data_fingerprint}, not {data_fingerprint}; {advice}"
-            )
-        store = os.path.abspath(os.path.expanduser(recipe.store_directory))
-        if differences(run.recipe, recipe) or run.facts["store"] != store:
+        another = _another_run(run, recipe, data_fingerprint)
+        if another:
             with nullcontext() if holds_lock else run.lock():
-                run.recipe = recipe
+                if run.has_checkpoint:
+                    raise UserError(
+                        f"{directory} holds another run: {another}; choose another `run=` or delete that directory"
+                    )
+                run.resumed = False
+                run._begin(recipe, data_fingerprint)
+        elif differences(run.recipe, recipe) or run.facts["store"] != _absolute_store(recipe):
+            with nullcontext() if holds_lock else run.lock():
                 run._write_recipe(recipe)
-                run.record(store=store)
+                run.record(store=_absolute_store(recipe))
         return run
 
     @classmethod
@@ -135,10 +142,21 @@ class Run:
         path = self.directory / "recipe.yaml"
         with writing(path):
             write_atomically(path, recipe_to_yaml(recipe))
+        self.recipe = recipe
 
-    def lock(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def lock(self) -> Iterator[None]:
         """Hold the run while it is trained; raises UserError when another live process holds it."""
-        return locked(self.directory)
+        with locked(self.directory):
+            for pattern in _WRITTEN_ASIDE:
+                for left_by_a_killed_process in self.directory.glob(pattern):
+                    left_by_a_killed_process.unlink()
+            yield
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether training came to its first checkpoint."""
+        return any(self.checkpoints.glob("step-*"))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -203,6 +221,20 @@ class Run:
 
     def samples(self) -> list[dict[str, Any]]:
         return journal.read(self.directory / "samples.jsonl")
+
+
+def _another_run(run: Run, recipe: Recipe, data_fingerprint: str) -> str:
+    """In what the recipe and the data differ from the run's; the empty string when in nothing that matters."""
+    changes = differences(run.recipe, _with_free_keys_of(run.recipe, recipe))
+    if changes:
+        return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+    if run.data_fingerprint != data_fingerprint:
+        return f"its data has the fingerprint {run.data_fingerprint}, not {data_fingerprint}"
+    return ""
+
+
+def _absolute_store(recipe: Recipe) -> str:
+    return os.path.abspath(os.path.expanduser(recipe.store_directory))
 
 
 def _entries(directory: Path) -> list[Path]:

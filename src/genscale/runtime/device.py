@@ -22,7 +22,9 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         known = ["auto", "cpu", *([accelerator.type] if accelerator else [])]
-        raise UserError(f"layout.device: '{name}' is no device{nearest(name, known) or f', expected one of {known}'}") from None
+        raise UserError(
+            f"layout.device: '{name}' is no device{nearest(name, known) or f', expected one of {known}'}"
+        ) from None
     if device.type not in ("cpu", "meta") and (accelerator is None or accelerator.type != device.type):
         raise UserError(f"layout.device: '{name}' is not on this machine, which has {accelerator or 'the CPU only'}")
     return device

@@ -8,6 +8,9 @@ class UserError(Exception):
     exception is a fault of genscale and keeps its traceback.
     """
 
+    told = False
+    """Whether another process of the same run tells it already."""
+
 
 def nearest(word: str, known: list[str]) -> str:
     """``", did you mean 'x'?"`` for the closest known word, or the empty string when none is close."""

@@ -1,14 +1,18 @@
-"""The processes of a run: which one this is, and sums over all of them."""
+"""The processes of a run: which one this is, sums over all of them, and what they must agree on."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
+
+from genscale.runtime.errors import UserError
+
+Answer = TypeVar("Answer")
 
 
 class World(NamedTuple):
@@ -50,7 +54,27 @@ def all_reduce_sum(tensors: Iterable[Tensor], world: World) -> None:
         torch._foreach_copy_(group, [piece.view_as(tensor) for piece, tensor in zip(pieces, group, strict=True)])
 
 
-def barrier() -> None:
-    """Wait for all ranks; returns at once in a lone process."""
-    if current_world().size > 1:
-        distributed.barrier()
+def from_rank_0(work: Callable[[], Answer]) -> Answer:
+    """Rank 0 does the work while the others wait; all get what it returns, or its UserError."""
+    if current_world().size == 1:
+        return work()
+    answer: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            answer = [work()]
+        except UserError as error:
+            answer = [error]
+    distributed.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        answer[0].told = distributed.get_rank() != 0
+        raise answer[0]
+    return answer[0]
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; all ranks get the same answer."""
+    if current_world().size == 1:
+        return flag
+    count = torch.tensor(int(flag))
+    distributed.all_reduce(count)
+    return count.item() > 0

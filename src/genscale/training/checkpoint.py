@@ -128,6 +128,10 @@ class CheckpointStore:
         """The steps of the complete checkpoints, ascending."""
         return [step for step in self._folders() if (self._path(step) / "checksums.json").is_file()]
 
+    def is_empty(self) -> bool:
+        """Whether there is no checkpoint at all, not even a damaged one."""
+        return self._on_rank_0(lambda: not self._folders())
+
     def best(self) -> int | None:
         """The step of the newest checkpoint that was saved as the best."""
         return max((step for step in self.steps() if self._is_best(step)), default=None)
@@ -264,7 +268,7 @@ class CheckpointStore:
                 storage_writer=Writer(
                     aside,
                     self._rank,
-                    begin=self._remove_leftovers,
+                    begin=self.remove_leftovers,
                     commit=lambda index: self._commit(step, aside, index, record, best),
                 ),
                 planner=planner,
@@ -319,8 +323,8 @@ class CheckpointStore:
             os.rename(path, old)
             shutil.rmtree(old)
 
-    def _remove_leftovers(self) -> None:
-        """What a killed process left half-written or half-deleted. Only a process that saves may say so."""
+    def remove_leftovers(self) -> None:
+        """What a killed process left half-written or half-deleted. On rank 0, and only for a process that saves."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             replaced = path.suffix == ".replaced"
             if _ASIDE.fullmatch(path.name) or (replaced and path.with_suffix("").exists()):

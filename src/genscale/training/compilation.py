@@ -15,6 +15,7 @@ from torch import nn
 
 from genscale.objectives.objective import Objective
 from genscale.runtime.device import synchronize
+from genscale.runtime.world import from_rank_0
 
 # What compiling is taken to cost and to gain before it is tried, so that short runs do not try it.
 _COMPILE_SECONDS = 60.0
@@ -72,7 +73,8 @@ def _median_seconds(measure: Callable[[], None], device: torch.device) -> float:
         measure()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[2]  # the first call also chooses kernels or compiles
+    # The first call also chooses kernels or compiles. One rank's time for all: they must decide alike.
+    return from_rank_0(lambda: sorted(seconds[1:])[2])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError
 from genscale.runtime.progress import StageDisplay
 from genscale.runtime.randomness import key
-from genscale.runtime.world import World, barrier
+from genscale.runtime.world import from_rank_0
 
 
 @dataclass
@@ -36,16 +36,13 @@ class Inputs:
     """The samples that the report shows."""
 
 
-def open_inputs(recipe: Recipe, world: World, show_progress: bool | None) -> Inputs:
+def open_inputs(recipe: Recipe, show_progress: bool | None) -> Inputs:
     """Open the recipe's stores, preparing the one that is not there yet.
 
     Raises:
         UserError: no store and no sources, or a store made otherwise than the recipe says.
     """
-    if world.rank == 0 and recipe.data.mixture is None and _must_prepare(recipe):
-        with StageDisplay(enabled=show_progress) as display:
-            prepare(recipe, on_progress=display)
-    barrier()
+    from_rank_0(lambda: _prepare_where_needed(recipe, show_progress))
     paths = list(recipe.data.mixture or [recipe.store_directory])
     stores = [Store.open(path) for path in paths]
     weights = list(recipe.data.mixture.values()) if recipe.data.mixture else None
@@ -66,6 +63,12 @@ def open_inputs(recipe: Recipe, world: World, show_progress: bool | None) -> Inp
         keep_with=lambda folder: first.tokenizer.save(folder / "tokenizer.json"),
         preview=lambda objective: _completions(objective, first, recipe),
     )
+
+
+def _prepare_where_needed(recipe: Recipe, show_progress: bool | None) -> None:
+    if recipe.data.mixture is None and _must_prepare(recipe):
+        with StageDisplay(enabled=show_progress) as display:
+            prepare(recipe, on_progress=display)
 
 
 def _must_prepare(recipe: Recipe) -> bool:

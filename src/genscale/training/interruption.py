@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from genscale.runtime.world import on_any_rank
+
 
 class Interruption:
     """Whether somebody asked the run to stop."""
@@ -15,9 +17,9 @@ class Interruption:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    @property
     def requested(self) -> bool:
-        return self.signal is not None
+        """Asked on every rank at the same place, so that all of them stop after the same step."""
+        return on_any_rank(self.signal is not None)
 
 
 @contextmanager

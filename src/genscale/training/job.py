@@ -79,6 +79,11 @@ class Job:
         """Whether this process writes what one process writes."""
         return self.world.rank == 0
 
+    @property
+    def done(self) -> bool:
+        """Whether the budget is spent or validation stopped improving."""
+        return self.progress.stopped_early or self.progress.step >= self.plan.steps
+
     def facts(self) -> dict[str, Any]:
         """The JSON side of a checkpoint."""
         return {

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from genscale.evaluation.held_out import held_out
 from genscale.runtime.errors import UserError
+from genscale.runtime.world import from_rank_0
 from genscale.training.guard import Verdict
 from genscale.training.job import Job
 from genscale.training.meter import Meter
@@ -17,8 +18,8 @@ def run_steps(job: Job) -> None:
     """Train until the budget is spent, validation stops improving, or somebody interrupts; then save."""
     plan, progress = job.plan, job.progress
     meter = Meter(progress.seconds)
-    saved: int | None = None
-    while progress.step < plan.steps and not progress.stopped_early and not job.interruption.requested:
+    saved = progress.step  # a run begins with a checkpoint, read or written; again, it would no longer be the best
+    while not job.done and not job.interruption.requested():
         step = progress.step
         meter.start()
         job.profile.begin(step)
@@ -85,7 +86,7 @@ def go_back(job: Job) -> None:
     memories = {name: guard.memory() for name, guard in job.guards.items()}
     trusted = min(guard.trusted_until for guard in job.guards.values() if guard.trusted_until is not None)
     job.checkpoints.wait()
-    steps = job.checkpoints.steps()
+    steps = from_rank_0(job.checkpoints.steps)
     restore(job, max((step for step in steps if step <= trusted), default=min(steps)))
     for name, memory in memories.items():
         job.guards[name].remember(memory)
@@ -97,7 +98,7 @@ def go_back(job: Job) -> None:
 
 def restore(job: Job, which: int | Literal["last"] = "last") -> bool:
     """Load a checkpoint, by default the newest intact one; False when there is none yet."""
-    if not job.checkpoints.steps():
+    if job.checkpoints.is_empty():
         return False
     checkpoint = job.checkpoints.load(which)
     job.state.load(checkpoint.tensors)

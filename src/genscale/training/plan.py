@@ -31,7 +31,7 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, tokens_per_sample: int, samples_per_epoch: int) -> Plan:
-    """Resolve the recipe's amounts; raises UserError for an amount that comes to nothing."""
+    """Resolve the recipe's amounts; an interval is at least a step. Raises UserError for a budget of nothing."""
     training = recipe.training
     clock = Clock(tokens_per_sample=tokens_per_sample, samples_per_epoch=samples_per_epoch)
     batch = _positive("training.batch", training.batch, clock)
@@ -45,15 +45,15 @@ def make_plan(recipe: Recipe, tokens_per_sample: int, samples_per_epoch: int) ->
         steps=steps,
         clock=clock,
         validate_every=max(batch, validation.every.samples(clock)),
-        validation_windows=_optional("training.validation.amount", validation.amount, clock),
+        validation_windows=_at_least(1, validation.amount, clock),
         checkpoint_every=max(batch, checkpoints.every.samples(clock)),
-        keep_every=_optional("training.checkpoints.keep_every", checkpoints.keep_every, clock),
-        half_life=_optional("training.average.half_life", average.half_life if average else None, clock),
+        keep_every=_at_least(batch, checkpoints.keep_every, clock),
+        half_life=_at_least(1, average.half_life if average else None, clock),
     )
 
 
-def _optional(key: str, amount: Amount | None, clock: Clock) -> int | None:
-    return None if amount is None else _positive(key, amount, clock)
+def _at_least(samples: int, amount: Amount | None, clock: Clock) -> int | None:
+    return None if amount is None else max(samples, amount.samples(clock))
 
 
 def _positive(key: str, amount: Amount, clock: Clock) -> int:

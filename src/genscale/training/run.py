@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import closing, nullcontext
-from typing import Any
+from contextlib import ExitStack, closing
+from typing import Any, Literal
 
 import torch
 
 from genscale.objectives.build import build_objective
 from genscale.recipe.schema import Recipe
 from genscale.recipe.training import Trackers
+from genscale.runs.disk import writing
 from genscale.runs.run import Run
 from genscale.runtime.device import device_summary, memory_used, pick_device
 from genscale.runtime.peak import matmul_peak
 from genscale.runtime.progress import TrainingDisplay
-from genscale.runtime.world import World, barrier, join_world
+from genscale.runtime.world import World, from_rank_0, join_world
 from genscale.training.checkpoint import CheckpointStore, export_weights
 from genscale.training.compilation import decide_compile, private_compile_cache
 from genscale.training.early_stopping import EarlyStopping
@@ -51,13 +52,13 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
     """
     device = pick_device(recipe.layout.device)
     world = join_world(device)
-    inputs = open_inputs(recipe, world, show_progress)
-    run = _open_run(recipe, inputs, world)
+    inputs = open_inputs(recipe, show_progress)
+    plan = make_plan(recipe, inputs.tokens_per_sample, inputs.stream.samples_per_epoch)
     leads = world.rank == 0
-    with run.lock() if leads else nullcontext(), private_compile_cache(), watched_signals() as interruption:
-        if run.facts.get("status") == "finished":
+    with ExitStack() as held, private_compile_cache(), watched_signals() as interruption:
+        run = from_rank_0(lambda: _open_run(recipe, inputs, held))
+        if run.facts["status"] == "finished":
             return run
-        plan = make_plan(recipe, inputs.tokens_per_sample, inputs.stream.samples_per_epoch)
         trackers = recipe.training.trackers if leads else Trackers()
         with (
             TrainingDisplay(plan.steps, enabled=show_progress if leads else False) as display,
@@ -78,22 +79,22 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
             )
             begin(job, inputs)
             run_steps(job)
-        if leads:
-            finish(job)
-        barrier()
-    if interruption.requested and run.facts["status"] != "finished":
+        finish(job)
+    if not job.done:
         raise KeyboardInterrupt
     return run
 
 
-def _open_run(recipe: Recipe, inputs: Inputs, world: World) -> Run:
-    """Rank 0 makes the run directory or goes on with it; the others then open it."""
-    if world.rank == 0:
-        run = Run.create(recipe.run_directory, recipe, inputs.fingerprint)
+def _open_run(recipe: Recipe, inputs: Inputs, held: ExitStack) -> Run:
+    """Make the run directory or go on with it, and hold it."""
+    run = Run.create(recipe.run_directory, recipe, inputs.fingerprint)
+    held.enter_context(run.lock())
+    # Again, as another process may have had it in between.
+    run = Run.create(recipe.run_directory, recipe, inputs.fingerprint, holds_lock=True)
+    with writing(run.tokenizer):
         inputs.keep_with(run.directory)
-        run.record(inputs=inputs.facts)
-    barrier()
-    return run if world.rank == 0 else Run.open(recipe.run_directory)
+    run.record(inputs=inputs.facts)
+    return run
 
 
 def make_job(
@@ -101,9 +102,18 @@ def make_job(
 ) -> Job:
     """Build what is trained and decide how. Decisions of an earlier process of the same run hold."""
     objective = build_objective(recipe, inputs.vocabulary).to(device)
-    precision = pick_precision(_decided(run, recipe, "precision"), device)
-    micro_batch = choose_micro_batch(
-        _decided(run, recipe, "micro_batch"), plan.batch, objective, inputs, recipe.model, precision, device, world
+    precision = from_rank_0(lambda: pick_precision(_decided(run, recipe, "precision"), device))
+    micro_batch = from_rank_0(
+        lambda: choose_micro_batch(
+            _micro_batch(run, recipe, plan.batch, world),
+            plan.batch,
+            objective,
+            inputs,
+            recipe.model,
+            precision,
+            device,
+            world,
+        )
     )
     kept = recipe.training.checkpoints
     stopping = recipe.training.early_stopping
@@ -130,6 +140,13 @@ def make_job(
     )
 
 
+def _micro_batch(run: Run, recipe: Recipe, batch: int, world: World) -> int | Literal["auto"]:
+    """What is asked or was decided; on more ranks than it was decided on, no more than each one's share."""
+    wanted: int | Literal["auto"] = _decided(run, recipe, "micro_batch")
+    decided = recipe.layout.micro_batch == "auto" and wanted != "auto"
+    return min(wanted, max(1, batch // world.size)) if decided else wanted
+
+
 def _decided(run: Run, recipe: Recipe, name: str) -> Any:
     """What the layout asks, or, where it says auto, what an earlier process of the run decided."""
     requested = getattr(recipe.layout, name)
@@ -138,6 +155,7 @@ def _decided(run: Run, recipe: Recipe, name: str) -> Any:
 
 def begin(job: Job, inputs: Inputs) -> None:
     """Go on from the newest intact checkpoint, or write the first one; decide on compiling; record the facts."""
+    from_rank_0(job.checkpoints.remove_leftovers)
     if restore(job):
         job.event("resume", f"going on from step {job.progress.step:,} of {job.plan.steps:,}")
     else:
@@ -151,34 +169,37 @@ def begin(job: Job, inputs: Inputs) -> None:
     steps_left = job.plan.steps - job.progress.step
     requested = _decided(job.run, job.recipe, "compile")
     compiled = decide_compile(requested, job.objective, measure, steps_left, job.device)
-    if not job.leads:
-        return
     parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in job.objective.networks.items()}
-    job.run.record(
-        status="running",
-        decisions={"precision": job.precision, "micro_batch": job.micro_batch, "compile": compiled},
-        parameters=parameters,
-        flops_per_sample=job.objective.flops_per_sample(),
-        peak=job.peak._asdict(),
-        device=device_summary(job.device),
-        ranks=job.world.size,
-        steps=job.plan.steps,
-        batch=job.plan.batch,
-        tokens_per_sample=inputs.tokens_per_sample,
-        samples_per_epoch=inputs.stream.samples_per_epoch,
-    )
+    facts: dict[str, Any] = {
+        "status": "running",
+        "decisions": {"precision": job.precision, "micro_batch": job.micro_batch, "compile": compiled},
+        "parameters": parameters,
+        "flops_per_sample": job.objective.flops_per_sample(),
+        "peak": job.peak._asdict(),
+        "device": device_summary(job.device),
+        "ranks": job.world.size,
+        "steps": job.plan.steps,
+        "batch": job.plan.batch,
+        "tokens_per_sample": inputs.tokens_per_sample,
+        "samples_per_epoch": inputs.stream.samples_per_epoch,
+    }
+    from_rank_0(lambda: job.run.record(**facts))
 
 
 def finish(job: Job) -> None:
     """Record how the run stands and, when it is done, export the best weights as plain safetensors."""
     progress = job.progress
     best = {"step": progress.best_step, "loss": progress.best_loss} if progress.best_step is not None else None
-    if job.interruption.requested and progress.step < job.plan.steps and not progress.stopped_early:
-        job.run.record(status="interrupted", best=best, step=progress.step, seconds=progress.seconds)
+    facts: dict[str, Any] = {"best": best, "step": progress.step, "seconds": progress.seconds}
+    if not job.done:
+        from_rank_0(lambda: job.run.record(status="interrupted", **facts))
         return
-    objective = load_objective(job.run, "best", torch.device("cpu"))
-    for name, network in objective.networks.items():
-        export_weights(job.run.weights / f"{name}.safetensors", network.state_dict())
-    status: dict[str, Any] = {"stopped_early": progress.stopped_early, "best": best}
-    status |= {"memory": memory_used(job.device), "seconds": progress.seconds, "step": progress.step}
-    job.run.record(status="finished", **status)
+    facts |= {"stopped_early": progress.stopped_early, "memory": memory_used(job.device)}
+    objective = load_objective(job.run, "best", torch.device("cpu"))  # by all ranks, as every reading of a checkpoint
+
+    def export() -> None:
+        for name, network in objective.networks.items():
+            export_weights(job.run.weights / f"{name}.safetensors", network.state_dict())
+        job.run.record(status="finished", **facts)
+
+    from_rank_0(export)

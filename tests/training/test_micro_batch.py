@@ -1,0 +1,47 @@
+"""The micro-batch is as asked, or the most that is useful and fits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from genscale.recipe.model import TransformerModel
+from genscale.runtime.errors import UserError
+from genscale.runtime.world import World
+from genscale.training import micro_batch as module
+from genscale.training.micro_batch import bytes_per_sample, choose_micro_batch
+
+SHAPE = TransformerModel(layers=4, width=256, heads=4, context=256)
+
+
+def choose(requested: object, batch: int, ranks: int = 1) -> int:
+    inputs = SimpleNamespace(vocabulary=4096)
+    device = torch.device("cpu")
+    objective = torch.nn.Linear(8, 8)
+    return choose_micro_batch(requested, batch, objective, inputs, SHAPE, "fp32", device, World(0, ranks))
+
+
+def test_auto_splits_a_large_batch_evenly() -> None:
+    assert choose("auto", 16) == 16
+    assert choose("auto", 100) == 50  # at most 64 samples of 256 tokens at once: two equal passes
+    assert choose("auto", 100, ranks=2) == 50
+
+
+def test_auto_respects_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = bytes_per_sample(SHAPE, 4096, "fp32")
+    monkeypatch.setattr(module, "memory_free", lambda device: 2 * 5 * sample + 16 * 72)
+    assert choose("auto", 16) == 4  # 5 fit: four passes of 4
+    monkeypatch.setattr(module, "memory_free", lambda device: 0)
+    assert choose("auto", 16) == 1
+
+
+def test_more_than_a_share_is_refused() -> None:
+    assert choose(8, 16, ranks=2) == 8
+    with pytest.raises(
+        UserError, match=r"layout\.micro_batch: 16 samples are more than each rank's share of the batch, 8"
+    ):
+        choose(16, 16, ranks=2)
+    with pytest.raises(UserError, match="2 samples are fewer than the 3 ranks"):
+        choose("auto", 2, ranks=3)
