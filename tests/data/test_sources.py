@@ -1,20 +1,25 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import importlib.util
+import json
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from genscale.data import huggingface
+from genscale.data import huggingface, units
+from genscale.data.formats import Intake, Piece, Report, read
 from genscale.data.sources import SourceFile, list_files
-from genscale.recipe.data import Source
+from genscale.recipe.data import Source, TextData
 from genscale.runtime.errors import UserError
 
 
@@ -153,7 +158,12 @@ class QuietServer(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    handler = functools.partial(QuietServer, directory=str(tmp_path))
+    with serving(functools.partial(QuietServer, directory=str(tmp_path))) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(handler: Callable[..., http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
@@ -168,6 +178,42 @@ def test_http(server: str, tmp_path: Path) -> None:
     assert (file.path, file.size) == ("a.txt", 15)
     with file.open() as opened:
         assert opened.read() == b"from the server"
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
+def test_a_server_that_gives_no_ranges(server: str, tmp_path: Path, ending: str) -> None:
+    """As Python's own: larger files can only be read from the beginning."""
+    rows = [f"document {number}: " + "x" * 1000 for number in range(8000)]
+    if ending == "parquet":
+        pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    else:
+        lines = rows if ending == "txt" else [json.dumps({"text": row}) for row in rows]
+        (tmp_path / f"a.{ending}").write_text("\n".join(lines))
+    (file,) = list_files([Source(path=f"{server}/a.{ending}")])
+    assert not file.ranges
+    (unit,) = units.plan([file], {}, TextData())
+    (piece,) = unit.pieces
+    found = ["".join(document.blocks()) for document in read(piece, Intake("fail", "fail", Report()))]
+    assert found == (["\n".join(rows)] if ending == "txt" else rows)
+
+
+def test_a_server_that_breaks_off(tmp_path: Path) -> None:
+    class Breaking(QuietServer):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.wfile.write(b"only this")
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+
+    with serving(Breaking) as url:
+        (file,) = list_files([Source(path=f"{url}/a.txt")])
+        with pytest.raises(UserError, match=r"cannot read http://.*/a\.txt: .*"):
+            list(read(Piece(file), Intake("fail", "drop", Report())))
 
 
 def test_http_glob(server: str, tmp_path: Path) -> None:
@@ -238,8 +284,6 @@ def test_missing_datasets_library_gives_the_install_line(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra 'datasets' is not installed")
 def test_local_dataset_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from genscale.data.formats import Intake, Piece, Report, read
-
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (file,) = list_files([Source(path=f"hf:{tmp_path}", licence="MIT")])

@@ -172,3 +172,21 @@ def test_parameter_names_are_a_promise():
         "norm",
         "position_embedding",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"feed_forward": "relu_squared", "sliding_window": 5, "sliding_window_layers": "even"}]
+)
+def test_the_compiler_sees_one_graph_and_changes_nothing(options):
+    model, text = network(**options), tokens()
+    documents = (torch.arange(20) // 6).expand(2, 20)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for arguments in ({}, {"documents": documents}):
+        with torch.autocast("cpu", torch.bfloat16):  # in which blockwise attention is part of the graph
+            found, expected = compiled(text, **arguments), model(text, **arguments)
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
+        gradients = [
+            torch.autograd.grad(x.float().logsumexp(-1).sum(), model.embedding.weight)[0] for x in (found, expected)
+        ]
+        assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()

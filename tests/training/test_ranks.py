@@ -21,6 +21,9 @@ from genscale.runs.run import Run
 
 MakeRecipe = Callable[..., Recipe]
 
+GENTLE = {"kind": "muon", "learning_rate": 1e-3, "rest": {"learning_rate": 3e-4}}
+"""At higher rates differences in rounding, which ranks cannot avoid, grow from step to step."""
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -36,7 +39,7 @@ os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT="{port}", WORLD_SIZE="{s
 printed = os.open("{file}.rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 for descriptor in (1, 2):
     os.dup2(printed, descriptor)
-main(["train", "{file}"])
+main(["train", "{file}", "--json"])
 """
 """The command as torchrun starts it, with what it prints in a file."""
 
@@ -99,9 +102,10 @@ def curve(run: Run) -> list[float]:
     return [record[name] for name in ("loss", "validation_loss") for record in records if name in record]
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_curve_of_one_process(train_on: Callable[..., Run]) -> None:
     """On three ranks the four micro-batches of a step, and the validation's, are shared unevenly."""
-    settings = {"layout.micro_batch": 2, "model.dropout": 0.1, "training.optimizer": {"kind": "muon"}}
+    settings = {"layout.micro_batch": 2, "model.dropout": 0.1, "training.optimizer": GENTLE}
     alone, two, three = (train_on(size, f"on-{size}", **settings) for size in (1, 2, 3))
     assert (alone.facts["ranks"], two.facts["ranks"], three.facts["ranks"]) == (1, 2, 3)
     assert len(curve(alone)) == 12 + 3
@@ -113,7 +117,7 @@ def test_any_number_of_ranks_gives_the_curve_of_one_process(train_on: Callable[.
 def interrupt_after(step: int, run: Path, ranks: list[BaseProcess]) -> None:
     """As torchrun and Slurm do: SIGTERM to every rank, but never at quite the same moment."""
     deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").exists() or len(Run.open(run).metrics()) < step:
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_bytes().count(b'"loss"') < step:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     for rank in reversed(ranks):
@@ -122,29 +126,29 @@ def interrupt_after(step: int, run: Path, ranks: list[BaseProcess]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(
     recipe: MakeRecipe, train_on: Callable[..., Run], tmp_path: Path, before: int, after: int
 ) -> None:
     """The micro-batch that one process decided on is too large for the share of two."""
     settings = {
-        "training.budget": "150 steps",
+        "training.budget": "60 steps",
+        "training.optimizer": GENTLE,
         "training.average": {"half_life": "20 steps"},
         "layout.micro_batch": "auto",
         "layout.compile": "auto",
     }
     undisturbed = train_on(after, "undisturbed", **settings)
     ranks = start(write(recipe, tmp_path, "moved", **settings), before)
-    interrupt_after(10, tmp_path / "moved", ranks)
+    interrupt_after(5, tmp_path / "moved", ranks)
     assert end(ranks) == [130] * before
     stopped = Run.open(tmp_path / "moved").facts
     assert (stopped["status"], stopped["ranks"]) == ("interrupted", before)
-    assert 10 <= stopped["step"] < 150
+    assert 5 <= stopped["step"] < 60
     moved = train_on(after, "moved", **settings)
     assert moved.facts["ranks"] == after
-    assert curve(moved)[:40] == pytest.approx(curve(undisturbed)[:40], rel=1e-5)
-    # Rounding that differs grows with the steps: the early ones show that nothing else does.
-    assert curve(moved) == pytest.approx(curve(undisturbed), rel=1e-3)
+    assert curve(moved) == pytest.approx(curve(undisturbed), rel=1e-5)
 
 
 def test_a_users_mistake_that_one_rank_finds_ends_all_of_them_with_one_line(
@@ -165,15 +169,12 @@ def test_a_users_mistake_that_one_rank_finds_ends_all_of_them_with_one_line(
         assert message in line
 
 
-def test_torchrun_starts_the_same_command_and_passes_a_mistake_on(recipe: MakeRecipe, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_same_command_runs_under_torchrun(recipe: MakeRecipe, tmp_path: Path) -> None:
     file = write(recipe, tmp_path, "launched", **{"training.budget": "2 steps", "layout.micro_batch": 4})
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "genscale", "train", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 steps, best validation loss") == 1
-    again = subprocess.run([*command, "seed=7"], capture_output=True, text=True, timeout=120)
-    assert again.returncode == 1  # torchrun's own, whatever its processes return
-    assert again.stderr.count("error: ") == 1
-    assert "holds another run: seed: 3 -> 7" in again.stderr
-    assert "Traceback" not in again.stderr.split("ChildFailedError")[0].split("torch/distributed/run.py")[0]
+    assert done.stdout.count("2 steps, best validation loss") == 1  # from one of the two
+    assert Run.open(tmp_path / "launched").facts["ranks"] == 2

@@ -153,13 +153,17 @@ def _read_text(piece: Piece, intake: Intake) -> Iterator[Document]:
             return
     size = None if piece.stop is None else piece.stop - piece.start
     yield Document(
-        0, long.hash, long.characters, piece.first_character, lambda: long_blocks(file.open(), piece.start, size)
+        0,
+        long.hash,
+        long.characters,
+        piece.first_character,
+        lambda: long_blocks(file.open(seek=piece.start > 0), piece.start, size),
     )
 
 
 def _read_jsonl(piece: Piece, intake: Intake) -> Iterator[Document]:
     file = piece.file
-    with file.open() as stream:
+    with file.open(seek=piece.start > 0) as stream:
         position = piece.start
         if piece.start:  # the line that begins before this range belongs to the range before
             stream.seek(piece.start - 1)
@@ -249,7 +253,7 @@ def _read_parquet(piece: Piece, intake: Intake) -> Iterator[Document]:
     import pyarrow as pa
 
     file = piece.file
-    with file.open() as stream:
+    with file.open(seek=True) as stream:
         table = open_parquet(file, stream, intake)
         if table is None:
             return

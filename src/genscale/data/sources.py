@@ -13,9 +13,9 @@ import sysconfig
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from genscale.data import compressed
+from genscale.data import compressed, remote
 from genscale.recipe.data import Source
 from genscale.runtime.errors import UserError, nearest
 
@@ -48,6 +48,8 @@ class SourceFile:
     """Bytes as stored (for a dataset, in memory); None when the server does not say."""
     version: str
     """Changes when the file does: modification time, entity tag or fingerprint."""
+    ranges: bool
+    """Whether it can be read from any place."""
     format: str
     """``text``, ``jsonl``, ``csv``, ``parquet`` or ``hf``."""
     compression: str | None
@@ -60,17 +62,12 @@ class SourceFile:
     def local(self) -> bool:
         return "://" not in self.url and self.format != "hf"
 
-    def open(self) -> BinaryIO:
-        """The file's bytes, decompressed, for sequential reading (and seeking, where it is not compressed)."""
+    def open(self, seek: bool = False) -> BinaryIO:
+        """The file's bytes, decompressed, from the beginning; with ``seek`` from any place, if it is not compressed."""
         try:
-            if self.local:
-                raw: BinaryIO = open(self.url, "rb")  # noqa: SIM115 (the caller closes it)
-            else:
-                import fsspec
-
-                raw = fsspec.open(self.url, "rb").open()
+            raw = open(self.url, "rb") if self.local else remote.opened(self.url, seek, self.ranges)  # noqa: SIM115
         except Exception as error:  # each file system raises its own kinds
-            raise UserError(f"data.sources[{self.source}]: cannot read {self.url}: {_reason(error)}") from None
+            raise UserError(f"data.sources[{self.source}]: cannot read {self.url}: {remote.reason(error)}") from None
         return compressed.reader(raw, self.compression) if self.compression else raw
 
 
@@ -99,10 +96,10 @@ def _list_source(number: int, source: Source) -> list[SourceFile]:
         entries = _list_local(where, source.path)
     exclude = [_glob_expression(pattern) for pattern in source.exclude]
     files = []
-    for path, url, size, version in sorted(entries):
-        if any(expression.fullmatch(path) for expression in exclude):
+    for entry in sorted(entries):
+        if any(expression.fullmatch(entry.path) for expression in exclude):
             continue
-        stem, compression = compressed.split_ending(path)
+        stem, compression = compressed.split_ending(entry.path)
         format = source.format
         if format == "auto":
             format = _FORMATS.get(PurePosixPath(stem).suffix.lower(), "text")  # type: ignore[assignment]
@@ -110,10 +107,7 @@ def _list_source(number: int, source: Source) -> list[SourceFile]:
             SourceFile(
                 source=number,
                 name=source.path,
-                url=url,
-                path=path,
-                size=size,
-                version=version,
+                **entry._asdict(),
                 format=format,
                 compression=compression,
                 text=source.text,
@@ -127,13 +121,19 @@ def _list_source(number: int, source: Source) -> list[SourceFile]:
     return files
 
 
-Entry = tuple[str, str, int | None, str]
-"""Path within the source, what opens it, size, version."""
+class Entry(NamedTuple):
+    """A file as it is found; see :class:`SourceFile`."""
+
+    path: str
+    url: str
+    size: int | None
+    version: str
+    ranges: bool = True
 
 
 def _local_entry(file: Path, root: Path) -> Entry:
     status = file.stat()
-    return file.relative_to(root).as_posix(), str(file), status.st_size, str(status.st_mtime_ns)
+    return Entry(file.relative_to(root).as_posix(), str(file), status.st_size, str(status.st_mtime_ns))
 
 
 def _list_local(where: str, path: str) -> list[Entry]:
@@ -163,42 +163,22 @@ def _walk(folder: Path, skipped: Collection[str] = ()) -> Iterator[Path]:
 
 
 def _list_remote(where: str, url: str) -> list[Entry]:
-    import fsspec
-
-    protocol = url.split("://", 1)[0]
     try:
-        system, place = fsspec.core.url_to_fs(url)
-        if "*" in url:
-            found = [entry for entry in system.glob(place, detail=True).values() if entry["type"] == "file"]
-            root = place.split("*", 1)[0].rpartition("/")[0]
-        elif protocol not in ("http", "https") and system.isdir(place):
-            found = list(system.find(place, detail=True).values())
-            root = place
-        else:
-            found = [{**system.info(place), "name": place}]
-            root = place.rpartition("/")[0]
+        root, system, entries = remote.find(url)
     except ImportError as error:
         raise UserError(f"{where}: '{url}' needs a library: {error}; try pip install 'genscale[cloud]'") from None
     except Exception as error:  # each file system raises its own kinds
-        raise UserError(f"{where}: cannot read '{url}': {_reason(error)}") from None
-    root = root.rstrip("/") + "/"
+        raise UserError(f"{where}: cannot read '{url}': {remote.reason(error)}") from None
     return [
-        (entry["name"].removeprefix(root), system.unstrip_protocol(entry["name"]), entry.get("size"), _version(entry))
-        for entry in found
+        Entry(
+            path=entry["name"].removeprefix(root),
+            url=system.unstrip_protocol(entry["name"]),
+            size=entry.get("size"),
+            version=remote.version(entry),
+            ranges=remote.has_ranges(url, entry),
+        )
+        for entry in entries
     ]
-
-
-def _version(entry: dict[str, Any]) -> str:
-    keys = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
-    return next((str(entry[key]) for key in keys if entry.get(key)), "")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "it does not exist"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _standard_library() -> list[Entry]:
@@ -220,6 +200,7 @@ def _dataset(number: int, source: Source) -> SourceFile:
         path=source.split,
         size=dataset.data.nbytes,
         version=dataset._fingerprint,
+        ranges=True,
         format="hf",
         compression=None,
         text=source.text,

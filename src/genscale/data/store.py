@@ -74,7 +74,7 @@ class Store:
         Raises:
             UserError: there is no store, it is not finished, or its manifest is damaged.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         file = path / "manifest.json"
         if not file.exists():
             if partial_folder(path).exists():

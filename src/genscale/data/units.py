@@ -54,7 +54,7 @@ class Job:
 
 def needs_measure(file: SourceFile) -> bool:
     """Whether the file is a long text that can be read in ranges."""
-    return file.format == "text" and file.compression is None and (file.size or 0) > LONG
+    return file.format == "text" and file.compression is None and file.ranges and (file.size or 0) > LONG
 
 
 def plan(files: Sequence[SourceFile], measured: dict[int, LongText], data: TextData) -> list[Unit]:
@@ -98,11 +98,11 @@ def _ranges_of_text(file: SourceFile, long: LongText) -> Iterator[tuple[Piece, i
 def _split(file: SourceFile, data: TextData) -> Iterator[tuple[Piece, int]]:
     """A file whole, or in pieces of about the size of a unit, with the bytes in each."""
     size = file.size or 0
-    if file.format == "jsonl" and file.compression is None and size > UNIT and file.size is not None:
+    if file.format == "jsonl" and file.compression is None and file.ranges and size > UNIT:
         for start in range(0, size, UNIT):
             yield Piece(file, start, min(start + UNIT, size)), min(UNIT, size - start)
-    elif file.format == "parquet" and size > UNIT:
-        with file.open() as stream:
+    elif file.format == "parquet" and file.ranges and size > UNIT:
+        with file.open(seek=True) as stream:
             table = open_parquet(file, stream, Intake("replace", "drop", Report()))
             sizes = [0] if table is None else [
                 table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)

@@ -103,6 +103,8 @@ class Workers:
                     return
                 for message in _converse(process, job):
                     inbox.put(message)
+                    if message[0] == "killed":
+                        return
 
         self._threads = [threading.Thread(target=attend, args=(process,), daemon=True) for process in self._processes]
         for thread in self._threads:

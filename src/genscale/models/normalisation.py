@@ -45,6 +45,11 @@ class Norm(nn.Module):
             if self.kind == "rms":
                 return root_mean_square_norm(x, scale, self.epsilon)
             bias = None if self.bias is None else self.bias.to(x.dtype)
+            if x.device.type == "cpu" and x.element_size() < 4:
+                # torch's kernel adds up the gradients of scale and bias in bfloat16: 7 % off over 3,000 rows.
+                normed = F.layer_norm(x, (self.width,), eps=self.epsilon)
+                normed = normed if scale is None else normed * scale
+                return normed if bias is None else normed + bias
             return F.layer_norm(x, (self.width,), scale, bias, self.epsilon)
 
     def extra_repr(self) -> str:

@@ -15,8 +15,8 @@ class Source(Part):
 
     path: UserPath = Field(min_length=1)
     """A file, a folder, a glob (``~/corpus/**/*.txt``), an fsspec URL (``s3://``, ``gs://``, ``https://``, ``memory://``),
-    ``python:stdlib`` for the sources of Python's own standard library, or ``hf:NAME`` or
-    ``hf:NAME:CONFIGURATION`` for a Hugging Face dataset."""
+    ``python:stdlib`` for the sources of Python's own standard library, or ``hf:NAME`` for a Hugging Face dataset
+    (``hf:NAME:CONFIGURATION`` for one of its configurations)."""
     format: Literal["auto", "text", "jsonl", "csv", "parquet"] = "auto"
     """``auto`` decides by the file's ending, after a compression ending such as ``.gz`` or ``.zst``."""
     text: str = "text"
