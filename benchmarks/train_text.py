@@ -40,6 +40,7 @@ def prepare_store(text: str, shape: str, folder: Path) -> None:
     split = {"by": "tail", "validation": 0.1} if shape == "char-10m" else {"by": "document", "validation": 0.02}
     data = {"sources": [text], "store": str(folder / "store"), "tokenizer": tokenizer, "split": split}
     store = prepare(recipe_from_mapping({"data": data}))
+    (folder / "data.json").write_text(json.dumps({key: data[key] for key in ("store", "tokenizer", "split")}))
     np.save(folder / "train.npy", np.concatenate(store.shards("train")))
 
 

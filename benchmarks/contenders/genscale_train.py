@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 from shapes import Figures, arguments
@@ -17,10 +18,7 @@ def main() -> None:
         {
             "name": "benchmark",
             "run": str(folder / "run"),
-            "data": {
-                "store": str(folder / "store"),
-                "tokenizer": {"kind": "file", "path": str(folder / "store" / "tokenizer.json")},
-            },
+            "data": json.loads((folder / "data.json").read_text()),
             "model": {
                 "layers": shape.layers,
                 "width": shape.width,
@@ -37,7 +35,7 @@ def main() -> None:
                 "validation": {"every": f"{10 * steps} steps", "amount": f"{shape.batch} samples"},
                 "checkpoints": {"every": f"{10 * steps} steps"},
             },
-            "layout": {"precision": precision, "compile": compiled, "micro_batch": shape.batch},
+            "layout": {"precision": precision, "compile": compiled, "device": "cpu", "micro_batch": shape.batch},
         }
     )
     figures = Figures(shape)

@@ -180,7 +180,7 @@ def test_nothing_the_size_of_the_corpus_is_held_in_memory() -> None:
 def test_a_context_longer_than_the_data_is_refused() -> None:
     with pytest.raises(UserError) as error:
         stream(numbered(1200), 4096)
-    assert str(error.value) == "context (4096) is longer than the training split (1200 tokens) of stores/x"
+    assert str(error.value) == "model.context (4096) is longer than the training split (1200 tokens) of stores/x"
     with pytest.raises(UserError, match="longer than the training split"):
         stream(numbered(16), 16)
 

@@ -35,7 +35,8 @@ ONE_RANK = """
 import os, sys
 from genscale.cli.main import main
 
-os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT="{port}", WORLD_SIZE="{size}", RANK="{rank}", LOCAL_RANK="{rank}")
+os.environ |= dict(MASTER_ADDR="localhost", MASTER_PORT="{port}")
+os.environ |= dict(WORLD_SIZE="{size}", RANK="{rank}", LOCAL_RANK="{rank}")
 printed = os.open("{file}.rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 for descriptor in (1, 2):
     os.dup2(printed, descriptor)

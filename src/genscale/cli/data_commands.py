@@ -70,10 +70,24 @@ def _print_summary(store: Store, as_json: bool) -> None:
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3)), row[4]]
         click.echo("  ".join(cells).rstrip())
+    for source in found["faults"]:
+        counts = ", ".join(f"{source[name]:,} {told}" for name, told in _FAULTS.items() if source[name])
+        click.echo(f"\n{source['source']}: {counts}")
+        for note in source["notes"]:
+            click.echo(f"  {note}")
+
+
+_FAULTS = {
+    "undecodable": "undecodable documents",
+    "dropped": "of them dropped",
+    "damaged": "damaged parts left out",
+    "empty": "empty documents left out",
+}
+"""What the manifest counts for each source, in words."""
 
 
 def _summary(store: Store) -> dict[str, Any]:
-    """Documents, tokens and UTF-8 bytes by split and by source."""
+    """Documents, tokens and UTF-8 bytes by split and by source; and what was wrong with the sources."""
     table = store.documents()
 
     def totals(column: str) -> dict[str, dict[str, Any]]:
@@ -99,4 +113,9 @@ def _summary(store: Store) -> dict[str, Any]:
         "vocabulary": store.tokenizer.size,
         "splits": totals("split"),
         "sources": sources,
+        "faults": [
+            {"source": source["path"], **{name: source[name] for name in (*_FAULTS, "notes")}}
+            for source in store.manifest.get("sources", [])
+            if any(source[name] for name in _FAULTS)
+        ],
     }

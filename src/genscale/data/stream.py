@@ -55,7 +55,7 @@ class Stream:
             for store, part in zip(self.stores, self._splits, strict=True):
                 if part.in_epoch == 0:
                     length = f"the training split ({part.tokens} tokens) of {store.path}"
-                    raise UserError(f"context ({context}) is longer than {length}")
+                    raise UserError(f"model.context ({context}) is longer than {length}")
             weights = [part.in_epoch for part in self._splits] if weights is None else weights
             self._mixture = Mixture(weights, [str(store.path) for store in self.stores])
         elif not any(part.in_sweep for part in self._splits):

@@ -140,7 +140,7 @@ def encode(job: Job, folder: Path, tick: Tick) -> dict[str, Any]:
     import pyarrow as pa
 
     assert job.tokenizer is not None
-    tokenizer = _load(job.tokenizer, job.end_of_document)
+    tokenizer = _tokenizer(job.tokenizer.read_text(encoding="utf-8"), job.end_of_document)
     intakes = _intakes(job)
     with (
         open(folder / "train.tokens", "wb") as train,
@@ -165,5 +165,6 @@ def encode(job: Job, folder: Path, tick: Tick) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: Path, end_of_document: str | None) -> Tokenizer:
-    return Tokenizer.load(path, end_of_document)
+def _tokenizer(content: str, end_of_document: str | None) -> Tokenizer:
+    """Made once for all units. By the content: a later store of this process may have another at the same path."""
+    return Tokenizer(content, end_of_document)

@@ -115,7 +115,7 @@ class Run:
         run.resumed = True
         another = _another_run(run, recipe, data_fingerprint)
         if another:
-            with nullcontext() if holds_lock else run.lock():
+            with nullcontext() if holds_lock or run.has_checkpoint else run.lock():
                 if run.has_checkpoint:
                     raise UserError(
                         f"{directory} holds another run: {another}; choose another `run=` or delete that directory"

@@ -166,10 +166,11 @@ class CheckpointStore:
             except (DamagedFile, OSError) as error:
                 damage = error
             if damage is None:
-                return Checkpoint(step, tensors, record["facts"], found)
+                warnings = [f"{damaged}; looking for the one before it" for damaged in found]
+                return Checkpoint(step, tensors, record["facts"], warnings)
             # One that a training process has just retired is not damaged, it is gone: look again, without a word.
             if self._on_rank_0(self._path(step).exists):
-                found.append(f"checkpoint {self._path(step)} is damaged ({damage}); looking for the one before it")
+                found.append(f"checkpoint {self._path(step)} is damaged ({damage})")
         wanted = f"of step {which}" if isinstance(which, int) else f"({which} was asked for)"
         if isinstance(which, int):
             found.append(f"there are {', '.join(map(str, sorted(set(self.steps()) - passed_over))) or 'none'}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,6 +28,8 @@ def set_compiled(objective: Objective, compiled: bool) -> None:
 
     A network that is differentiated twice stays eager: compiled code has no second derivative.
     """
+    if compiled:
+        _use_private_cache()
     twice = {phase.trains for phase in objective.phases if phase.differentiates_twice}
     for name, network in objective.networks.items():
         if compiled and name not in twice:
@@ -77,19 +79,12 @@ def _median_seconds(measure: Callable[[], None], device: torch.device) -> float:
     return from_rank_0(lambda: sorted(seconds[1:])[2])
 
 
-@contextmanager
-def private_compile_cache() -> Iterator[None]:
-    """A cache of compiled code for this process alone.
+def _use_private_cache() -> None:
+    """Keep compiled code in a cache of this process alone.
 
-    A process killed while compiling leaves torn files in a shared cache, on which later processes fail.
+    A process killed while compiling leaves torn files in the shared cache, on which later processes fail.
     """
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        yield
-        return
-    folder = tempfile.mkdtemp(prefix="genscale-compile-")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-    try:
-        yield
-    finally:
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-        shutil.rmtree(folder, ignore_errors=True)
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="genscale-compile-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)

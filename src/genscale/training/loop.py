@@ -100,7 +100,10 @@ def restore(job: Job, which: int | Literal["last"] = "last") -> bool:
     """Load a checkpoint, by default the newest intact one; False when there is none yet."""
     if job.checkpoints.is_empty():
         return False
-    checkpoint = job.checkpoints.load(which)
+    try:
+        checkpoint = job.checkpoints.load(which)
+    except UserError as error:
+        raise UserError(f"{error}; delete {job.checkpoints.folder} to begin anew") from None
     job.state.load(checkpoint.tensors)
     job.load_facts(checkpoint.facts)
     for warning in checkpoint.warnings:

@@ -12,12 +12,13 @@ from genscale.recipe.schema import Recipe
 from genscale.recipe.training import Trackers
 from genscale.runs.disk import writing
 from genscale.runs.run import Run
+from genscale.runtime.allocator import keep_freed_memory
 from genscale.runtime.device import device_summary, memory_used, pick_device
 from genscale.runtime.peak import matmul_peak
 from genscale.runtime.progress import TrainingDisplay
 from genscale.runtime.world import World, from_rank_0, join_world
 from genscale.training.checkpoint import CheckpointStore, export_weights
-from genscale.training.compilation import decide_compile, private_compile_cache
+from genscale.training.compilation import decide_compile
 from genscale.training.early_stopping import EarlyStopping
 from genscale.training.guard import Guard
 from genscale.training.inputs import Inputs, open_inputs
@@ -51,11 +52,13 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
         KeyboardInterrupt: interrupted, after saving.
     """
     device = pick_device(recipe.layout.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     world = join_world(device)
     inputs = open_inputs(recipe, show_progress)
     plan = make_plan(recipe, inputs.tokens_per_sample, inputs.stream.samples_per_epoch)
     leads = world.rank == 0
-    with ExitStack() as held, private_compile_cache(), watched_signals() as interruption:
+    with ExitStack() as held, watched_signals() as interruption:
         run = from_rank_0(lambda: _open_run(recipe, inputs, held))
         if run.facts["status"] == "finished":
             return run
@@ -159,6 +162,7 @@ def begin(job: Job, inputs: Inputs) -> None:
     if restore(job):
         job.event("resume", f"going on from step {job.progress.step:,} of {job.plan.steps:,}")
     else:
+        from_rank_0(lambda: job.run.truncate_metrics(0))  # of a run whose checkpoints were deleted
         job.checkpoints.save(0, job.state.tensors(), job.facts(), wait=True)
 
     def measure() -> None:
