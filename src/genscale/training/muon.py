@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genscale.runtime.world import from_rank_0
 from genscale.training.precision import pick_precision
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -75,8 +76,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def multiplying_bits(device: torch.device) -> int:
-    """16 where the device multiplies bfloat16 well (every accelerator, some CPUs), else 32."""
-    return 16 if device.type != "cpu" or pick_precision("auto", device) == "bf16" else 32
+    """16 where the device multiplies bfloat16 well (every accelerator, some CPUs), else 32; the same on all ranks."""
+    return 16 if device.type != "cpu" or from_rank_0(lambda: pick_precision("auto", device)) == "bf16" else 32
 
 
 def orthogonalise(matrices: Sequence[Tensor], steps: int, bits: int = 16) -> list[Tensor]:
