@@ -81,15 +81,16 @@ def main() -> None:
     if options.json:
         print(json.dumps(rounds))
         return
-    print(f"| {options.shape}, {options.precision} | tokens/s | per CPU-second | to genscale | memory, MB | first step, s |")
+    columns = ("tokens/s", "per CPU-second", "to genscale", "memory, MB", "first step, s")
+    print(f"| {options.shape}, {options.precision} | " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|")
     for contender, figures in rounds.items():
         median = {key: statistics.median(each[key] for each in figures) for key in figures[0]}
         pairs = zip(figures, rounds.get("genscale", figures), strict=True)
         ratio = statistics.median(mine["tokens_per_second"] / ours["tokens_per_second"] for mine, ours in pairs)
         print(
-            f"| {contender} | {median['tokens_per_second']:,.0f} | {median['tokens_per_cpu_second']:,.0f} | {ratio:.2f} "
-            f"| {median['peak_memory_mb']:,.0f} | {median['start_to_first_step_s']:.1f} |"
+            f"| {contender} | {median['tokens_per_second']:,.0f} | {median['tokens_per_cpu_second']:,.0f} "
+            f"| {ratio:.2f} | {median['peak_memory_mb']:,.0f} | {median['start_to_first_step_s']:.1f} |"
         )
 
 

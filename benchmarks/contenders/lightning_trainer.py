@@ -16,6 +16,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 def main() -> None:
     shape, folder, precision, steps, compiled = arguments()
+
     class Windows(torch.utils.data.IterableDataset):
         def __iter__(self):
             for window in windows(folder, shape):
