@@ -24,6 +24,20 @@ def test_amounts_become_samples_and_steps() -> None:
     assert [step for step in range(80) if plan.due(plan.validate_every, step)] == list(range(7, 80, 8))
 
 
+def test_an_interval_is_at_least_a_step_however_small_the_budget() -> None:
+    training = {
+        "budget": "2 steps",
+        "batch": "4 samples",
+        "validation": {"every": "5%", "amount": "1%"},
+        "checkpoints": {"every": "1%", "keep_every": "10%"},
+        "average": {"half_life": "1%"},
+    }
+    plan = make_plan(recipe_from_mapping({"training": training, "model": {"context": 100}}), 100, 400)
+    assert (plan.steps, plan.validate_every, plan.checkpoint_every, plan.keep_every) == (2, 4, 4, 4)
+    assert (plan.validation_windows, plan.half_life) == (1, 1)
+    assert all(plan.due(plan.validate_every, step) for step in range(2))
+
+
 def test_a_batch_below_one_sample_is_refused() -> None:
     recipe = recipe_from_mapping({"training": {"batch": "300 tokens"}, "model": {"context": 100}})
     with pytest.raises(UserError, match=r"training\.batch: '300 tokens' is less than one sample \(1000 tokens\)"):
