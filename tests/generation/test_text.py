@@ -163,3 +163,30 @@ def test_suffixes_reach_the_objective():
 
     done = generate(Filler([0]), LETTERS, ["a"], Sampling(), count=2, suffixes=["bad"])
     assert [completion.stopped for completion in done] == ["end", "end"]
+
+
+def test_a_prompt_that_ends_inside_a_token_may_go_on_with_all_of_it():
+    tokenizer = train_bpe(["def cat def hat " * 50], 265)
+    (whole,) = tokenizer.encode(" cat")  # the space belongs to the word, so a lone one was never seen in training
+    assert len(tokenizer.encode("def ")) == len(tokenizer.encode("def")) + 1
+    shape = TransformerModel(layers=1, width=32, heads=2, context=16)
+    objective = build_objective(Recipe(model=shape), tokenizer.size)
+    network = objective.networks["model"]
+
+    def forced(tokens, cache=None):
+        """The logits of a network that always wants `` cat``."""
+        logits = original(tokens, cache=cache) * 0
+        logits[..., whole] = 20.0
+        return logits
+
+    original, network.forward = network.forward, forced
+    sampling, pieces = Sampling(tokens=1, temperature=0), []
+    (healed,) = generate(objective, tokenizer, ["def "], sampling, on_text=lambda index, piece: pieces.append(piece))
+    assert healed.text == "cat", "the prompt's own space is not written twice"
+    assert "".join(pieces) == "cat"
+    (free,) = generate(objective, tokenizer, ["def"], sampling)
+    assert free.text == " cat"
+    (bound,) = generate(objective, tokenizer, ["def c"], sampling)
+    assert bound.text == "at"
+    (other,) = generate(objective, tokenizer, ["def z"], sampling)
+    assert other.text == " cat", "nothing else begins with z: the prompt stays whole"

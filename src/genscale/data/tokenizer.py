@@ -151,6 +151,13 @@ class Tokenizer:
             return self.decode(ids).encode()
         return b"".join([self._token_bytes[token] for token in ids])
 
+    def tokens_beginning_with(self, token: int) -> list[int]:
+        """The tokens that begin with the bytes of ``token``, itself among them; itself alone where bytes are unknown."""
+        content = self._token_bytes
+        if content is None or not content[token]:
+            return [token]
+        return [other for other, piece in enumerate(content) if piece.startswith(content[token])]
+
     @functools.cached_property
     def _token_bytes(self) -> list[bytes] | None:
         """Bytes of each token, for tokenizers whose text is the joined bytes of the tokens; None for others."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from genscale.data.tokenizer import Tokenizer
 from genscale.objectives.decoding import TextRequest
+from genscale.objectives.language import CausalLanguage
 from genscale.objectives.objective import Objective
 from genscale.recipe.training import Sampling
 from genscale.runtime.errors import UserError
@@ -67,17 +68,20 @@ def generate(
     if suffixes is not None and len(suffixes) != len(prompts):
         raise UserError(f"expected a suffix for each of the {len(prompts)} prompts, not {len(suffixes)}")
     end = tokenizer.end_of_document
-    starts = [_encode(tokenizer, prompt, "prompt") or [_first_token(tokenizer)] for prompt in prompts]
+    heals = suffixes is None and isinstance(objective, CausalLanguage)
+    opened = [_open(tokenizer, prompt, heals) for prompt in prompts]
+    starts = [opening.tokens for opening in opened]
     after = None if suffixes is None else [_encode(tokenizer, suffix, "suffix") for suffix in suffixes]
 
     completions: dict[int, Completion] = {}
     rows = sorted(range(len(prompts) * count), key=lambda index: (len(starts[index // count]), index))
     for chunk in (rows[i : i + batch] for i in range(0, len(rows), batch)):  # of like lengths
-        writers = [_Writer(tokenizer, starts[index // count], sampling.stop, index, on_text) for index in chunk]
+        writers = [_Writer(tokenizer, opened[index // count], sampling.stop, index, on_text) for index in chunk]
         request = TextRequest(
             prompts=[starts[index // count] for index in chunk],
             tokens=sampling.tokens,
             suffixes=None if after is None else [after[index // count] for index in chunk],
+            beginnings=[opened[index // count].beginnings for index in chunk] if heals else None,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
@@ -94,6 +98,34 @@ def generate(
             stopped: Stopped = "stop string" if writer.stopped else "end" if sample.stopped == "end" else "length"
             completions[index] = Completion(prompts[index // count], writer.text, index, stopped)
     return [completions[index] for index in sorted(completions)]
+
+
+class _Opening(NamedTuple):
+    """What a completion starts from."""
+
+    tokens: list[int]
+    known: list[int]
+    """Tokens of the text that must not be written again: the prompt's."""
+    beginnings: list[int] | None
+    """The tokens that the first new one is chosen from; None for all."""
+
+
+def _open(tokenizer: Tokenizer, prompt: str, heals: bool) -> _Opening:
+    """The prompt in tokens; where it may end inside a token, its last token is left to be chosen anew.
+
+    ``"def "`` is ``def`` and a space, but in the training text that space begins the next token, so that a network has
+    hardly ever seen what follows a lone one. So the last token is taken back, and the first new one must begin with its
+    text.
+    """
+    whole = _encode(tokenizer, prompt, "prompt")
+    if not whole:
+        first = [_first_token(tokenizer)]
+        return _Opening(first, first, None)
+    beginnings = tokenizer.tokens_beginning_with(whole[-1]) if heals else [whole[-1]]
+    if len(beginnings) == 1:
+        return _Opening(whole, whole, None)
+    before = whole[:-1] or [_first_token(tokenizer)]
+    return _Opening(before, [*before, whole[-1]], beginnings)
 
 
 def _encode(tokenizer: Tokenizer, text: str, what: str) -> list[int]:
@@ -124,7 +156,7 @@ class _Writer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        prompt: list[int],
+        opening: _Opening,
         stop: Sequence[str],
         index: int,
         on_text: Callable[[int, str], None] | None,
@@ -136,8 +168,11 @@ class _Writer:
         self._index = index
         self._on_text = on_text
         # Tokens are decoded after some before them: in some tokenizers the first token of a text loses its space.
-        self._tokens = prompt[-_OVERLAP:]
-        self._known = tokenizer.decode(self._tokens)  # what of their text has been passed on, or came before
+        self._tokens = opening.tokens[-_OVERLAP:]
+        taken_back = opening.known[len(opening.tokens) :]
+        self._known = tokenizer.decode(
+            [*self._tokens, *taken_back]
+        )  # what of their text has been passed on, or came before
         self._held = ""  # text that may be the start of a stop string
 
     def push(self, token: int) -> bool:

@@ -27,6 +27,8 @@ class TextRequest:
     """The most new tokens for each prompt."""
     suffixes: Sequence[Sequence[int]] | None = None
     """What comes after the new tokens, for objectives that fill in."""
+    beginnings: Sequence[Sequence[int] | None] | None = None
+    """For each prompt the tokens that the first new one is chosen from, None for all; writing from left to right only."""
     temperature: float = 1.0
     """0 takes the likeliest token."""
     top_k: int | None = None
@@ -216,6 +218,8 @@ def decode(
                 seen = seen_tokens(texts, logits.shape[1], device) if request.repetition_penalty != 1 else None
             uniform = rng.uniform(f"token {number}").to(device)[rows]
             logits = logits.masked_fill(forbidden, -torch.inf)
+            if number == 0 and request.beginnings is not None:
+                logits = _only(logits, request.beginnings)
             chosen = choose(logits, request, None if seen is None else seen[rows], uniform)
             if seen is not None:
                 seen[rows, chosen] = True
@@ -229,6 +233,16 @@ def decode(
                 cache.keep(torch.tensor(going_on, device=device))
                 rows = [rows[place] for place in going_on]
     return transcript.samples()
+
+
+def _only(logits: Tensor, allowed: Sequence[Sequence[int] | None]) -> Tensor:
+    """Each row's logits where it allows them, minus infinity elsewhere."""
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    for row, tokens in enumerate(allowed):
+        if tokens is not None:
+            excluded[row] = True
+            excluded[row, list(tokens)] = False
+    return logits.masked_fill(excluded, -torch.inf)
 
 
 def _padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, KeyValueCache]:
