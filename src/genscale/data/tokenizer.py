@@ -152,7 +152,7 @@ class Tokenizer:
         return b"".join([self._token_bytes[token] for token in ids])
 
     def tokens_beginning_with(self, token: int) -> list[int]:
-        """The tokens that begin with the bytes of ``token``, itself among them; itself alone where bytes are unknown."""
+        """The tokens that begin with the bytes of ``token``, itself among them; alone where bytes are unknown."""
         content = self._token_bytes
         if content is None or not content[token]:
             return [token]

@@ -28,7 +28,7 @@ class TextRequest:
     suffixes: Sequence[Sequence[int]] | None = None
     """What comes after the new tokens, for objectives that fill in."""
     beginnings: Sequence[Sequence[int] | None] | None = None
-    """For each prompt the tokens that the first new one is chosen from, None for all; writing from left to right only."""
+    """For each prompt the tokens that the first new one is chosen from; None for all. Left-to-right writing only."""
     temperature: float = 1.0
     """0 takes the likeliest token."""
     top_k: int | None = None
