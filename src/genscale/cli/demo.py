@@ -13,7 +13,7 @@ PROMPTS = ("def ", "import ", "class ")
 def demo(overrides: tuple[str, ...], as_json: bool) -> None:
     """The whole life-cycle on real text that is already here: Python's own standard library.
 
-    About five minutes on two CPU cores. Ctrl-C at any moment is safe; the same command goes on from there.
+    Five to seven minutes on two free CPU cores. Ctrl-C at any moment is safe; the same command goes on from there.
     OVERRIDES change the recipe 'demo', for example training.budget='1M tokens'.
     """
     import json
