@@ -23,6 +23,7 @@ def parameters(model, vocabulary):
     queries, keys = model.heads * head, (model.key_value_heads or model.heads) * head
     attention = width * queries + 2 * width * keys + queries * width
     attention += (queries + 2 * keys) * model.query_key_value_bias + width * model.bias
+    attention += 2 * head * model.query_key_norm  # the scales of the queries' and the keys' norm
     hidden = model.width_of_hidden
     feed_forward = (3 if model.gated else 2) * width * hidden + (hidden + width) * model.bias
     norm = width * (2 if model.norm == "layer" and model.bias else 1)
