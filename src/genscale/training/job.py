@@ -43,7 +43,6 @@ class Progress:
     stopped_early: bool = False
     best_step: int | None = None
     best_loss: float | None = None
-    validation_loss: float | None = None
 
 
 @dataclass

@@ -34,8 +34,8 @@ def run_steps(job: Job) -> None:
         meter.stop(plan.batch)
         progress.step, progress.seconds = step + 1, meter.elapsed
         log_step(job, step, measured, meter)
-        best = plan.due(plan.validate_every, step) or progress.step == plan.steps
-        best = best and validate(job)
+        scored = plan.due(plan.validate_every, step) or job.done
+        best = scored and validate(job)
         if best or plan.due(plan.checkpoint_every, step):
             job.checkpoints.save(progress.step, job.state.tensors(), job.facts(), best=best)
             saved = progress.step
@@ -157,10 +157,9 @@ def validate(job: Job) -> bool:
             world=job.world,
         )
         if job.leads:
-            for sample in job.preview():
+            for number, sample in enumerate(job.preview()):
                 job.run.log_sample(progress.step, **sample)
-                job.tracker.text(progress.step, f"samples/{sample['prompt']}", sample["prompt"] + sample["text"])
-    progress.validation_loss = scores["loss"]
+                job.tracker.text(progress.step, f"samples/{number}", "".join(map(str, sample.values())))
     best = progress.best_loss is None or scores["loss"] < progress.best_loss
     if best:
         progress.best_step, progress.best_loss = progress.step, scores["loss"]

@@ -13,7 +13,7 @@ from genscale.runtime.errors import UserError
 from genscale.runtime.world import World
 from genscale.training.inputs import Inputs
 
-# Beyond this many tokens at once a device gains nothing more (CPU: measured in benchmarks/RESULTS.md).
+# Taken, not measured: beyond this many tokens at once matrix products are large enough to gain nothing more.
 _ENOUGH_TOKENS = {"cpu": 16_384}
 _ENOUGH_TOKENS_ACCELERATOR = 65_536
 
