@@ -2,6 +2,7 @@
 
 import pytest
 
+from genscale.data.description import TextDescription
 from genscale.data.tokenizer import character_tokenizer
 from genscale.generation.run import sample
 from genscale.objectives.build import build_objective
@@ -27,7 +28,7 @@ def run(tmp_path):
     TOKENIZER.save(made.tokenizer)
     store = CheckpointStore(made.checkpoints, keep_last=2)
     for step, seed in ((10, 1), (20, 2)):
-        objective = build_objective(recipe.model_copy(update={"seed": seed}), TOKENIZER.size)
+        objective = build_objective(recipe.model_copy(update={"seed": seed}), TextDescription(TOKENIZER.size))
         weights = objective.networks["model"].state_dict()
         tensors = {f"networks.model.{name}": tensor for name, tensor in weights.items()}
         store.save(step, tensors, {}, best=step == 10, wait=True)

@@ -3,14 +3,15 @@
 import pytest
 from torch import nn
 
+from genscale.data.description import TextDescription
 from genscale.data.tokenizer import character_tokenizer, train_bpe
 from genscale.generation.text import Completion, generate
 from genscale.objectives.build import build_objective
 from genscale.objectives.decoding import TextSample, Transcript
 from genscale.recipe.model import TransformerModel
 from genscale.recipe.objective import InfillObjective, MaskedObjective
+from genscale.recipe.sampling import TextSampling
 from genscale.recipe.schema import Recipe
-from genscale.recipe.training import Sampling
 from genscale.runtime.errors import UserError
 
 BYTES = train_bpe(["the cat sat on the mat, the cat"], 260)  # nearly bytes: characters are spread over tokens
@@ -41,7 +42,7 @@ def write(text, tokenizer=BYTES, end=False, **how):
     tokens = text if isinstance(text, list) else tokenizer.encode(text)
     tokens = [*tokens, *([tokenizer.end_of_document] if end else [])]
     pieces = []
-    sampling = Sampling(tokens=len(tokens), **how)
+    sampling = TextSampling(tokens=len(tokens), **how)
     (done,) = generate(Script(tokens), tokenizer, ["x" if tokenizer is BYTES else "a"], sampling,
                        on_text=lambda index, piece: pieces.append(piece))  # fmt: skip
     assert "".join(pieces) == done.text
@@ -109,27 +110,27 @@ def test_an_empty_prompt_starts_a_document():
         (character_tokenizer("\tabc\n", end_of_document=False), 1),
     ):
         script = Script([0])
-        generate(script, tokenizer, [""], Sampling(tokens=1))
+        generate(script, tokenizer, [""], TextSampling(tokens=1))
         assert list(script.requests[0].prompts) == [[first]]
 
 
 def test_a_prompt_without_tokens_for_it_is_a_user_error():
     with pytest.raises(UserError, match=r"prompt 'axe': the character 'x'"):
-        generate(Script([0]), LETTERS, ["axe"], Sampling())
+        generate(Script([0]), LETTERS, ["axe"], TextSampling())
     with pytest.raises(UserError, match=r"suffix 'axe': the character 'x'"):
-        generate(Script([0]), LETTERS, ["a"], Sampling(), suffixes=["axe"])
+        generate(Script([0]), LETTERS, ["a"], TextSampling(), suffixes=["axe"])
 
 
 def test_impossible_requests_are_user_errors():
     with pytest.raises(UserError, match="stop string cannot be empty"):
-        generate(Script([0]), LETTERS, ["a"], Sampling(stop=("",)))
+        generate(Script([0]), LETTERS, ["a"], TextSampling(stop=("",)))
     with pytest.raises(UserError, match="a suffix for each of the 2 prompts, not 1"):
-        generate(Script([0]), LETTERS, ["a", "b"], Sampling(), suffixes=["a"])
+        generate(Script([0]), LETTERS, ["a", "b"], TextSampling(), suffixes=["a"])
 
 
 def test_completions_come_in_the_order_of_prompts_whatever_their_lengths():
     script = Script(*[LETTERS.encode(letter) for letter in "abcdef"])
-    done = generate(script, LETTERS, ["aaaa", "b", "cc"], Sampling(tokens=1), count=2, batch=4)
+    done = generate(script, LETTERS, ["aaaa", "b", "cc"], TextSampling(tokens=1), count=2, batch=4)
     assert [len(request.prompts) for request in script.requests] == [4, 2]
     assert done == [
         Completion(prompt, text, index, "length")
@@ -142,8 +143,8 @@ def test_the_same_seed_gives_the_same_text_at_any_batch_size(options):
     shape = TransformerModel(layers=2, width=32, heads=2, context=16, initial_std=0.5)
     recipe = Recipe(model=shape, **({"objective": options} if options else {}))
     tokenizer = character_tokenizer("abcdefgh \n", end_of_document=False)
-    objective = build_objective(recipe, tokenizer.size)
-    prompts, sampling = ["a", "bad cafe", "", "head"], Sampling(tokens=24, temperature=1.0)
+    objective = build_objective(recipe, TextDescription(tokenizer.size))
+    prompts, sampling = ["a", "bad cafe", "", "head"], TextSampling(tokens=24, temperature=1.0)
 
     def texts(**how):
         return [done.text for done in generate(objective, tokenizer, prompts, sampling, count=3, **how)]
@@ -161,7 +162,7 @@ def test_suffixes_reach_the_objective():
             assert list(request.suffixes) == [LETTERS.encode("bad")] * 2
             return [TextSample(LETTERS.encode("cafe"), "end")] * 2
 
-    done = generate(Filler([0]), LETTERS, ["a"], Sampling(), count=2, suffixes=["bad"])
+    done = generate(Filler([0]), LETTERS, ["a"], TextSampling(), count=2, suffixes=["bad"])
     assert [completion.stopped for completion in done] == ["end", "end"]
 
 
@@ -170,7 +171,7 @@ def test_a_prompt_that_ends_inside_a_token_may_go_on_with_all_of_it():
     (whole,) = tokenizer.encode(" cat")  # the space belongs to the word, so a lone one was never seen in training
     assert len(tokenizer.encode("def ")) == len(tokenizer.encode("def")) + 1
     shape = TransformerModel(layers=1, width=32, heads=2, context=16)
-    objective = build_objective(Recipe(model=shape), tokenizer.size)
+    objective = build_objective(Recipe(model=shape), TextDescription(tokenizer.size))
     network = objective.networks["model"]
 
     def forced(tokens, cache=None):
@@ -180,7 +181,7 @@ def test_a_prompt_that_ends_inside_a_token_may_go_on_with_all_of_it():
         return logits
 
     original, network.forward = network.forward, forced
-    sampling, pieces = Sampling(tokens=1, temperature=0), []
+    sampling, pieces = TextSampling(tokens=1, temperature=0), []
     (healed,) = generate(objective, tokenizer, ["def "], sampling, on_text=lambda index, piece: pieces.append(piece))
     assert healed.text == "cat", "the prompt's own space is not written twice"
     assert "".join(pieces) == "cat"

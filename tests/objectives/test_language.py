@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from genscale.data.batch import TextBatch
+from genscale.data.description import TextDescription
 from genscale.objectives.build import build_objective
 from genscale.objectives.decoding import TextRequest
 from genscale.recipe.model import TransformerModel
@@ -25,7 +26,7 @@ OBJECTIVES = {
 def build(kind, context=24, **model):
     options = OBJECTIVES[kind] if isinstance(kind, str) else kind
     shape = TransformerModel(**{"layers": 2, "width": 32, "heads": 2, "context": context, **model})
-    return build_objective(Recipe(model=shape, objective=options), VOCABULARY)
+    return build_objective(Recipe(model=shape, objective=options), TextDescription(VOCABULARY))
 
 
 def random_batch(size, context=24, ragged=False, positions=None):

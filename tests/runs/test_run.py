@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from genscale.recipe.load import recipe_from_mapping
 from genscale.recipe.schema import Recipe
 from genscale.runs.environment import environment
 from genscale.runs.run import FREE, Run
@@ -14,7 +15,7 @@ from genscale.runtime.errors import UserError
 
 
 def recipe(**changes: object) -> Recipe:
-    return Recipe.model_validate({"name": "tiny", "seed": 3, **changes})
+    return recipe_from_mapping({"name": "tiny", "seed": 3, **changes})
 
 
 def begun(directory: Path) -> Run:

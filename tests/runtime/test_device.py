@@ -36,7 +36,7 @@ def test_the_measured_peak_is_not_below_what_a_product_reaches() -> None:
     peak = matmul_peak(device, torch.float32)
     assert peak.kind == "measured"
     assert 1e9 < peak.flops < 1e14
-    assert matmul_peak(device, torch.float32) is peak, "measured once for each process"
+    assert matmul_peak(device, torch.float32) == peak, "measured once for each process"
 
 
 def test_summary_and_memory() -> None:

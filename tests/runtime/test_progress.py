@@ -45,7 +45,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(monkeypatch: pyt
     clock, target = Clock(monkeypatch), console(terminal=False)
     with TrainingDisplay(1000, console=target) as display:
         for step in range(1, 252):  # 25 seconds, ten steps a second
-            display.update(step, loss=4.0 - step / 1000)
+            display.update(step, losses={"loss": 4.0 - step / 1000})
             clock.now += 0.1
     steps = [int(re.match(r"step (\d+)/1,000", line).group(1)) for line in lines(target)]  # type: ignore[union-attr]
     assert steps[0] == 1
@@ -59,10 +59,10 @@ def test_a_line_says_everything_that_is_known() -> None:
     with TrainingDisplay(2000, console=target) as display:
         display.update(
             500,
-            loss=2.34561,
+            losses={"loss": 2.34561},
             validation_loss=2.41,
             best=2.4,
-            tokens_per_second=12_345.6,
+            rate=(12_345.6, "tokens"),
             utilisation=0.612,
             utilisation_kind="measured peak",
             learning_rate=3e-4,
@@ -78,14 +78,14 @@ def test_values_stay_until_they_change() -> None:
     target = console(terminal=False)
     with TrainingDisplay(10, console=target) as display:
         display.update(1, validation_loss=3.0)
-        display.update(2, loss=2.0)
+        display.update(2, losses={"loss": 2.0})
     assert lines(target)[-1] == "step 2/10 (20%)  loss 2.0000  validation 3.0000"
 
 
 def test_switched_off_it_writes_nothing() -> None:
     target = console(terminal=True)
     with TrainingDisplay(10, enabled=False, console=target) as display:
-        display.update(1, loss=1.0)
+        display.update(1, losses={"loss": 1.0})
         display.message("hello")
     with progress("reading", 10, "documents", enabled=False, console=target) as advance:
         advance(10)
@@ -106,7 +106,7 @@ def test_live_it_redraws_at_most_five_times_a_second(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(display, "_picture", lambda: shown.append(1) or "")
         display._live._get_renderable = display._picture
         for step in range(2000):
-            display.update(step, loss=1.0)
+            display.update(step, losses={"loss": 1.0})
             clock.now += 0.001
     assert 4 <= len(shown) <= 5 * 2 + 2  # two seconds, and the pictures at the beginning and at the end
 
@@ -114,7 +114,14 @@ def test_live_it_redraws_at_most_five_times_a_second(monkeypatch: pytest.MonkeyP
 def test_a_narrow_terminal_breaks_between_values() -> None:
     target = console(terminal=True, width=60)
     with TrainingDisplay(10, console=target) as display:
-        display.update(1, loss=1.0, validation_loss=2.0, best=2.0, utilisation=0.5, utilisation_kind="measured peak")
+        display.update(
+            1,
+            losses={"loss": 1.0},
+            validation_loss=2.0,
+            best=2.0,
+            utilisation=0.5,
+            utilisation_kind="measured peak",
+        )
     plain = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip() for line in lines(target)]
     assert "loss 1.0000   validation 2.0000 (best 2.0000)" in plain
     assert "50% of measured peak" in plain
@@ -151,7 +158,7 @@ def test_ctrl_c_gives_the_cursor_back() -> None:
         "from genscale.runtime.progress import TrainingDisplay\n"
         "with TrainingDisplay(100) as display:\n"
         "    for step in range(1000):\n"
-        "        display.update(step, loss=1.0)\n"
+        "        display.update(step, losses={'loss': 1.0})\n"
         "        time.sleep(0.02)\n"
     )
     controller, terminal = pty.openpty()

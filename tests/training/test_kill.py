@@ -29,21 +29,42 @@ from genscale.runtime.errors import UserError
 from genscale.training.checkpoint import CheckpointStore
 
 STEPS = 300
-KILLS = 20
+CASES = {
+    "killed": ("causal", 20, False),
+    "killed-and-torn": ("causal", 20, True),
+    "diffusion": ("flow", 8, True),
+    "gan": ("adversarial", 8, False),
+}
+"""Objective, number of kills, and whether checkpoints are torn in between."""
 TIMINGS = ("seconds", "samples_per_second", "tokens_per_second", "utilisation")
 
 Life = subprocess.Popen[bytes] | BaseProcess
 
 
-def write_recipe(make: Callable[..., Recipe], folder: Path, name: str) -> Path:
-    """With everything that has a state: dropout, two optimizers, an average, a guard, early stopping, a best one."""
+STATEFUL: dict[str, dict] = {
+    "causal": {"model.dropout": 0.1, "training.optimizer": {"kind": "muon", "learning_rate": 0.02}},
+    "flow": {
+        "model.dropout": 0.1,
+        "training.average": {"kind": "power", "lengths": [0.05, 0.1], "snapshot_every": "30 steps"},
+    },
+    "adversarial": {
+        "objective.augmentation": {"translate": 0.2, "target": 0.6, "speed": "500 samples"},
+        "objective.path_length": 0.1,
+        "objective.lazy": 2,
+    },
+}
+"""What has a state besides weights: two optimizers, dropout, several averages, controls that adapt, lazy phases."""
+
+
+def write_recipe(make: Callable[..., Recipe], kind: str, folder: Path, name: str) -> Path:
+    """With everything that has a state, and an average, a guard, early stopping, a best one."""
     recipe = make(
+        kind,
         run=str(folder / name),
         **{
-            "model.dropout": 0.1,
-            "training.budget": f"{STEPS} steps",
-            "training.optimizer": {"kind": "muon", "learning_rate": 0.02},
             "training.average": {"half_life": "10%"},
+            **STATEFUL[kind],
+            "training.budget": f"{STEPS} steps",
             "training.validation.every": "20 steps",
             "training.checkpoints": {"every": "7 steps", "keep_every": "100 steps"},
             "training.early_stopping": {"patience": 100},
@@ -87,7 +108,7 @@ def last_step(run: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else 0
 
 
-def moments(dice: random.Random, run: Path) -> list[tuple[bool, Callable[[], bool], float]]:
+def moments(dice: random.Random, run: Path, kills: int) -> list[tuple[bool, Callable[[], bool], float]]:
     """Of each life: is it started afresh, what is waited for, and how many seconds later it is killed."""
 
     def from_step(step: int) -> Callable[[], bool]:
@@ -104,7 +125,7 @@ def moments(dice: random.Random, run: Path) -> list[tuple[bool, Callable[[], boo
     def at_once() -> bool:
         return True
 
-    steps = sorted(dice.sample(range(1, STEPS - 10), KILLS - 6))
+    steps = sorted(dice.sample(range(1, STEPS - 10), kills - 6))
     inside = [in_training(number, step) for number, step in enumerate(steps)]
     middle = len(inside) // 2
     return [
@@ -139,20 +160,25 @@ def without_timings(records: list[dict]) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("torn", [False, True], ids=["killed", "killed-and-torn"])
-def test_a_run_killed_at_20_random_moments_ends_as_if_it_never_was(
-    recipe: Callable[..., Recipe], tmp_path: Path, torn: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("kind", "wanted_kills", "torn"), CASES.values(), ids=list(CASES))
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(
+    recipe_of: Callable[..., Recipe],
+    tmp_path: Path,
+    kind: str,
+    wanted_kills: int,
+    torn: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # a killed process leaves its temporary folder
-    assert end(start(write_recipe(recipe, tmp_path, "undisturbed"), afresh=False)) == 0
+    assert end(start(write_recipe(recipe_of, kind, tmp_path, "undisturbed"), afresh=False)) == 0
     expected = Run.open(tmp_path / "undisturbed")
 
-    file, folder = write_recipe(recipe, tmp_path, "killed"), tmp_path / "killed"
+    file, folder = write_recipe(recipe_of, kind, tmp_path, "killed"), tmp_path / "killed"
     dice = random.Random(20 + torn)
     kills = 0
-    waiting = moments(dice, folder)
-    while kills < KILLS:  # a life may also end before its moment comes
+    waiting = moments(dice, folder, wanted_kills)
+    while kills < wanted_kills:  # a life may also end before its moment comes
         afresh, moment, delay = waiting.pop(0) if waiting else (False, lambda: True, 0.0)
         life = start(file, afresh)
         deadline = time.monotonic() + 60
@@ -178,15 +204,18 @@ def test_a_run_killed_at_20_random_moments_ends_as_if_it_never_was(
         assert found.tensors.keys() == wanted.tensors.keys()
         for name, tensor in wanted.tensors.items():
             assert torch.equal(found.tensors[name], tensor), (which, name)
-    exported = [each.weights / "model.safetensors" for each in (run, expected)]
-    assert exported[0].read_bytes() == exported[1].read_bytes()
+    for kept in ("weights/*.safetensors", "averages/*", "samples/*"):
+        files = [sorted(each.directory.glob(kept)) for each in (run, expected)]
+        assert [file.name for file in files[0]] == [file.name for file in files[1]]
+        for file, wanted_file in zip(*files, strict=True):
+            assert file.read_bytes() == wanted_file.read_bytes(), file
 
-    losses = [record["step"] for record in run.metrics() if "loss" in record]
+    losses = [record["step"] for record in run.metrics() if "learning_rate" in record]
     assert losses == list(range(1, STEPS + 1))
     assert without_timings(run.metrics()) == without_timings(expected.metrics())
     assert run.samples() == expected.samples()
 
     kinds = [event["kind"] for event in run.events()]
-    assert kinds.count("resume") >= 10
+    assert kinds.count("resume") >= wanted_kills // 2
     assert ("damaged_checkpoint" in kinds) == torn
     assert [path for path in folder.rglob("*") if path.name.startswith(".") or path.suffix == ".replaced"] == []

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from genscale.recipe.model import TransformerModel
 from genscale.runtime.errors import UserError
 from genscale.runtime.world import World
 from genscale.training import micro_batch as module
-from genscale.training.micro_batch import bytes_per_sample, choose_micro_batch
+from genscale.training.micro_batch import choose_micro_batch
 
-SHAPE = TransformerModel(layers=4, width=256, heads=4, context=256)
+BYTES = 1_000_000
+
+
+class Counted(torch.nn.Linear):
+    """An objective as far as memory goes: 256 rows and a million bytes a sample."""
+
+    def rows_per_sample(self) -> int:
+        return 256
+
+    def activation_bytes_per_sample(self, element: int) -> int:
+        return BYTES * element // 4
 
 
 def choose(requested: object, batch: int, ranks: int = 1) -> int:
-    inputs = SimpleNamespace(vocabulary=4096)
-    device = torch.device("cpu")
-    objective = torch.nn.Linear(8, 8)
-    return choose_micro_batch(requested, batch, objective, inputs, SHAPE, "fp32", device, World(0, ranks))
+    return choose_micro_batch(requested, batch, Counted(8, 8), "fp32", torch.device("cpu"), World(0, ranks))
 
 
 def test_auto_splits_a_large_batch_evenly() -> None:
     assert choose("auto", 16) == 16
-    assert choose("auto", 100) == 50  # at most 64 samples of 256 tokens at once: two equal passes
+    assert choose("auto", 100) == 50  # at most 64 samples of 256 rows at once: two equal passes
     assert choose("auto", 100, ranks=2) == 50
 
 
 def test_auto_respects_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = bytes_per_sample(SHAPE, 4096, "fp32")
-    monkeypatch.setattr(module, "memory_free", lambda device: 2 * 5 * sample + 16 * 72)
+    monkeypatch.setattr(module, "memory_free", lambda device: 2 * 5 * BYTES + 16 * 72)
     assert choose("auto", 16) == 4  # 5 fit: four passes of 4
     monkeypatch.setattr(module, "memory_free", lambda device: 0)
     assert choose("auto", 16) == 1

@@ -17,7 +17,7 @@ def test_amounts_become_samples_and_steps() -> None:
         "checkpoints": {"every": "3 steps", "keep_every": "50%"},
         "average": {"half_life": "2 steps"},
     }
-    plan = make_plan(recipe_from_mapping({"training": training, "model": {"context": 100}}), 100, 400)
+    plan = make_plan(recipe_from_mapping({"training": training, "model": {"context": 100}}), 400)
     assert (plan.batch, plan.steps) == (10, 80)
     assert (plan.validate_every, plan.validation_windows) == (80, 5)
     assert (plan.checkpoint_every, plan.keep_every, plan.half_life) == (30, 400, 20)
@@ -32,7 +32,7 @@ def test_an_interval_is_at_least_a_step_however_small_the_budget() -> None:
         "checkpoints": {"every": "1%", "keep_every": "10%"},
         "average": {"half_life": "1%"},
     }
-    plan = make_plan(recipe_from_mapping({"training": training, "model": {"context": 100}}), 100, 400)
+    plan = make_plan(recipe_from_mapping({"training": training, "model": {"context": 100}}), 400)
     assert (plan.steps, plan.validate_every, plan.checkpoint_every, plan.keep_every) == (2, 4, 4, 4)
     assert (plan.validation_windows, plan.half_life) == (1, 1)
     assert all(plan.due(plan.validate_every, step) for step in range(2))
@@ -40,8 +40,9 @@ def test_an_interval_is_at_least_a_step_however_small_the_budget() -> None:
 
 def test_a_batch_below_one_sample_is_refused() -> None:
     recipe = recipe_from_mapping({"training": {"batch": "300 tokens"}, "model": {"context": 100}})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"context": 1000})})
     with pytest.raises(UserError, match=r"training\.batch: '300 tokens' is less than one sample \(1000 tokens\)"):
-        make_plan(recipe, 1000, 400)
+        make_plan(recipe, 400)
 
 
 @pytest.mark.parametrize(("batch", "micro_batch"), [(64, 8), (10, 4), (7, 7), (9, 1)])

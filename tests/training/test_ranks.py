@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -74,11 +75,11 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def train_on(recipe: MakeRecipe, tmp_path: Path) -> Callable[..., Run]:
+def train_on(recipe_of: MakeRecipe, tmp_path: Path) -> Callable[..., Run]:
     """``train_on(2, **overrides)``: train on that many ranks, to the end; ``name`` is the run's."""
 
-    def train_on(size: int, name: str, **overrides: object) -> Run:
-        file = write(recipe, tmp_path, name, **overrides)
+    def train_on(size: int, name: str, kind: str = "causal", **overrides: object) -> Run:
+        file = write(partial(recipe_of, kind), tmp_path, name, **overrides)
         assert end(start(file, size)) == [0] * size, printed(file)
         return Run.open(tmp_path / name)
 
@@ -99,20 +100,33 @@ def printed(file: Path) -> str:
 def curve(run: Run) -> list[float]:
     """Losses of all steps, then of all validations."""
     records = run.metrics()
-    assert [record["step"] for record in records if "loss" in record] == list(range(1, run.facts["steps"] + 1))
-    return [record[name] for name in ("loss", "validation_loss") for record in records if name in record]
+    assert [record["step"] for record in records if "learning_rate" in record] == list(range(1, run.facts["steps"] + 1))
+    names = ("loss", "discriminator_loss", "generator_loss", "validation_loss")
+    return [record[name] for name in names for record in records if name in record]
 
 
 @pytest.mark.slow
-def test_any_number_of_ranks_gives_the_curve_of_one_process(train_on: Callable[..., Run]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("causal", {"model.dropout": 0.1, "training.optimizer": GENTLE}),
+        ("flow", {"model.dropout": 0.1}),
+        ("adversarial", {"objective.augmentation": {"flip": True, "translate": 0.2}}),
+    ],
+)
+def test_any_number_of_ranks_gives_the_curve_of_one_process(
+    train_on: Callable[..., Run], kind: str, settings: dict
+) -> None:
     """On three ranks the four micro-batches of a step, and the validation's, are shared unevenly."""
-    settings = {"layout.micro_batch": 2, "model.dropout": 0.1, "training.optimizer": GENTLE}
-    alone, two, three = (train_on(size, f"on-{size}", **settings) for size in (1, 2, 3))
+    settings = {"layout.micro_batch": 2, **settings}
+    alone, two, three = (train_on(size, f"on-{size}", kind, **settings) for size in (1, 2, 3))
     assert (alone.facts["ranks"], two.facts["ranks"], three.facts["ranks"]) == (1, 2, 3)
-    assert len(curve(alone)) == 12 + 3
+    phases = len(alone.facts["parameters"])
+    assert len(curve(alone)) == 12 * phases + 3
     assert curve(two) == pytest.approx(curve(alone), rel=1e-5)
     assert curve(three) == pytest.approx(curve(alone), rel=1e-5)
-    assert (two.weights / "model.safetensors").stat().st_size == (alone.weights / "model.safetensors").stat().st_size
+    for file in alone.weights.iterdir():
+        assert (two.weights / file.name).stat().st_size == file.stat().st_size
 
 
 def interrupt_after(step: int, run: Path, ranks: list[BaseProcess]) -> None:

@@ -34,19 +34,20 @@ def held_out(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     world: World | None = None,
 ) -> dict[str, float]:
-    """Each metric of ``objective.validate`` over a split: the sum over all its windows, divided once.
+    """Each metric of ``objective.validate`` over a split: the sum over all its samples, divided once.
 
-    The noise of a window (masking, rearranging) is a pure function of the seed and the window's number, so that scores
+    The noise of a sample (masking, rearranging) is a pure function of the seed and the sample's number, so that scores
     at different steps compare, and do not depend on the batch size or the number of ranks.
 
     Args:
-        batch: windows that go through the network at once, on each rank.
-        limit: how many windows of the split to score, spread over it; by default all.
+        batch: samples that go through the networks at once, on each rank.
+        limit: how many samples of the split to score, spread over it; by default all.
         autocast: makes the context that the network runs in.
         world: ranks that share the work; all of them get the result.
     """
     world = world or World()
-    sums: dict[str, list[Tensor]] = defaultdict(list)  # (2,) sum and count of each pass
+    sums: dict[str, list[Tensor]] = defaultdict(list)  # of each pass: the sum's elements, then the count
+    shapes: dict[str, torch.Size] = {}
     was_training = objective.training
     objective.eval()
     batches = stream.sweep(batch, limit)
@@ -59,11 +60,13 @@ def held_out(
             own = several[0 if idle else world.rank].to(device)
             loss = objective.validate(own, Rng(seed, 0, "validate", own.positions))
             for name, metric in loss.metrics.items():
-                sums[name].append(torch.stack([part.detach().float() for part in metric]) * (not idle))
+                total, count = (part.detach().float() for part in metric)
+                shapes[name] = total.shape
+                sums[name].append(torch.cat([total.reshape(-1), count.reshape(1)]) * (not idle))
     objective.train(was_training)
     totals = {name: torch.stack(parts).cpu().double().sum(0) for name, parts in sums.items()}
     all_reduce_sum(totals.values(), world)
-    return {name: (total / count).item() for name, (total, count) in totals.items()}
+    return objective.scores({name: (total[:-1] / total[-1]).view(shapes[name]) for name, total in totals.items()})
 
 
 def bits_per_byte(nats_per_token: float, tokens: int, bytes: int) -> float:

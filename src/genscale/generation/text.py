@@ -13,7 +13,7 @@ from genscale.data.tokenizer import Tokenizer
 from genscale.objectives.decoding import TextRequest
 from genscale.objectives.language import CausalLanguage
 from genscale.objectives.objective import Objective
-from genscale.recipe.training import Sampling
+from genscale.recipe.sampling import TextSampling
 from genscale.runtime.errors import UserError
 from genscale.runtime.randomness import Rng
 
@@ -40,7 +40,7 @@ def generate(
     objective: Objective,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    sampling: Sampling,
+    sampling: TextSampling,
     count: int = 1,
     seed: int = 0,
     on_text: Callable[[int, str], None] | None = None,

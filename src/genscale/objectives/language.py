@@ -6,7 +6,6 @@ in nats per token.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -14,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from genscale.data.batch import TextBatch
+from genscale.data.description import TextDescription
 from genscale.models.initialise import initialise
 from genscale.models.transformer import Transformer
 from genscale.objectives.cross_entropy import cross_entropy
 from genscale.objectives.decoding import Filling, TextRequest, TextSample, decode
 from genscale.objectives.infill import MIDDLE_SENTINELS, SpanLayout, corrupt_spans, rearrange_middle, span_layout
 from genscale.objectives.objective import Denoising, Loss, Phase
+from genscale.objectives.token_dropout import drop_tokens
 from genscale.objectives.unmasking import unmask
-from genscale.recipe.objective import CausalObjective, InfillObjective, MaskedObjective, Objective
+from genscale.recipe.model import TransformerModel
+from genscale.recipe.objective import CausalObjective, InfillObjective, MaskedObjective, TextObjective
 from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError
 from genscale.runtime.randomness import Rng
@@ -40,9 +42,14 @@ class Targets(NamedTuple):
 
 def _networks(recipe: Recipe, vocabulary: int, causal: bool) -> nn.ModuleDict:
     """The one network, with its first weights."""
-    network = Transformer(recipe.model, vocabulary, causal=causal)
+    network = Transformer(_shape(recipe), vocabulary, causal=causal)
     initialise(network, recipe.seed)
     return nn.ModuleDict({"model": network})
+
+
+def _shape(recipe: Recipe) -> TransformerModel:
+    assert isinstance(recipe.model, TransformerModel)  # the recipe has seen to it
+    return recipe.model
 
 
 def _flops(networks: nn.ModuleDict, time: int) -> float:
@@ -50,7 +57,7 @@ def _flops(networks: nn.ModuleDict, time: int) -> float:
     return time * cast(Transformer, networks["model"]).flops_per_token(time)
 
 
-def _summed_loss(logits: Tensor, targets: Targets, options: Objective, training: bool) -> Loss:
+def _summed_loss(logits: Tensor, targets: Targets, options: TextObjective, training: bool) -> Loss:
     """Cross entropy; label smoothing and z-loss only when training, and never in the metric ``loss``."""
     smoothing, z_loss = (options.label_smoothing, options.z_loss) if training else (0.0, 0.0)
     sums = cross_entropy(logits, targets.tokens, targets.weights, smoothing, z_loss)
@@ -74,16 +81,37 @@ def _valid_text(batch: TextBatch) -> Tensor:
     return torch.cat((batch.valid[:, :1], batch.valid), dim=1)
 
 
-class CausalLanguage(Denoising):
+class _Language(Denoising):
+    """What the three share."""
+
+    shape: TransformerModel
+    vocabulary: int
+    """The tokenizer's number of tokens."""
+
+    def flops_per_sample(self) -> float:
+        return _flops(self.networks, self.shape.context)
+
+    def activation_bytes_per_sample(self, element: int) -> int:
+        """Per token and layer about 10 tensors of the width, 3 of the hidden width and the attention's queries, keys
+        and values (Korthikanti et al. 2022, section 4.1, with a fused attention kernel); three copies of the logits.
+        """
+        shape = self.shape
+        layer = 10 * shape.width + 3 * shape.width_of_hidden + 4 * shape.heads * shape.width_of_head
+        return shape.context * (element * layer * shape.layers + 12 * self.vocabulary)
+
+    def rows_per_sample(self) -> int:
+        return self.shape.context
+
+
+class CausalLanguage(_Language):
     """Predict each token from those before it."""
 
-    def __init__(self, recipe: Recipe, vocabulary: int):
-        """``vocabulary``: the tokenizer's number of tokens."""
+    def __init__(self, recipe: Recipe, described: TextDescription):
         super().__init__()
         assert isinstance(recipe.objective, CausalObjective)
         self.options = recipe.objective
-        self.shape = recipe.model
-        self.vocabulary = vocabulary
+        self.shape = _shape(recipe)
+        vocabulary = self.vocabulary = described.vocabulary
         self.special: dict[str, int] = {}
         self.networks = _networks(recipe, vocabulary, causal=True)
 
@@ -92,6 +120,8 @@ class CausalLanguage(Denoising):
 
     def prepare(self, batch: TextBatch, rng: Rng) -> tuple[dict[str, Any], Targets]:
         inputs = {"tokens": batch.tokens[:, :-1]}
+        if self.training and self.options.token_dropout:
+            inputs["tokens"] = drop_tokens(inputs["tokens"], self.options.token_dropout, self.vocabulary, rng)
         if self.shape.within_documents:
             inputs["documents"] = batch.documents[:, :-1]
         return inputs, Targets(batch.tokens[:, 1:], batch.valid, _valid_tokens(batch))
@@ -105,11 +135,8 @@ class CausalLanguage(Denoising):
             raise UserError("a suffix needs a run that learned to fill in (objective.kind: infill), not a causal one")
         return decode(self.networks["model"], request, rng, self.shape.context, self.vocabulary)
 
-    def flops_per_sample(self) -> float:
-        return _flops(self.networks, self.shape.context)
 
-
-class MaskedLanguage(Denoising):
+class MaskedLanguage(_Language):
     """Masked diffusion: predict masked tokens from those left, at every rate of masking.
 
     The loss is the continuous-time bound of MDLM (Sahoo et al. 2024, equation 10, with the linear schedule) and LLaDA
@@ -117,13 +144,13 @@ class MaskedLanguage(Denoising):
     of the same tokens as the causal loss: those after the window's first.
     """
 
-    def __init__(self, recipe: Recipe, vocabulary: int):
-        """``vocabulary``: the tokenizer's number of tokens; the mask is the id above them."""
+    def __init__(self, recipe: Recipe, described: TextDescription):
+        """The mask is the id above the vocabulary."""
         super().__init__()
         assert isinstance(recipe.objective, MaskedObjective)
         self.options = recipe.objective
-        self.shape = recipe.model
-        self.vocabulary = vocabulary
+        self.shape = _shape(recipe)
+        vocabulary = self.vocabulary = described.vocabulary
         self.special = {"mask": vocabulary}
         self.networks = _networks(recipe, vocabulary + 1, causal=False)
 
@@ -131,16 +158,8 @@ class MaskedLanguage(Denoising):
         return _valid_tokens(batch)
 
     def _rates(self, rng: Rng) -> Tensor:
-        """(batch,) float32 masking rates in [minimum_rate, 1): each uniform, together spread evenly over the batch.
-
-        Positions times the golden ratio, shifted by one draw for the step, as VDM (Kingma et al. 2021, appendix I.1)
-        spreads its times: less variance than separate draws, and still a function of (seed, step, position) alone.
-        """
-        common = copy.copy(rng)
-        common.positions = torch.zeros_like(rng.positions)
-        places = rng.positions * 10_368_890 + common.bits("rate")  # golden ratio - 1, in units of 2^-24
-        uniform = (places & 0xFFFFFF).float() * 2.0**-24
-        return self.options.minimum_rate + (1 - self.options.minimum_rate) * uniform
+        """(batch,) float32 masking rates in [minimum_rate, 1): each uniform, together spread evenly over the batch."""
+        return self.options.minimum_rate + (1 - self.options.minimum_rate) * rng.spread("rate")
 
     def prepare(self, batch: TextBatch, rng: Rng) -> tuple[dict[str, Any], Targets]:
         tokens = batch.tokens[:, 1:]
@@ -163,24 +182,21 @@ class MaskedLanguage(Denoising):
         """Continue each prompt, or fill between it and its suffix, by unmasking; returns what was written."""
         return unmask(self.networks["model"], request, rng, self.shape.context, self.vocabulary, self.special["mask"])
 
-    def flops_per_sample(self) -> float:
-        return _flops(self.networks, self.shape.context)
 
-
-class InfillLanguage(Denoising):
+class InfillLanguage(_Language):
     """Filling in by a causal network over rearranged text: see :mod:`genscale.objectives.infill`."""
 
-    def __init__(self, recipe: Recipe, vocabulary: int):
-        """``vocabulary``: the tokenizer's number of tokens; the sentinels are the ids above them."""
+    def __init__(self, recipe: Recipe, described: TextDescription):
+        """The sentinels are the ids above the vocabulary."""
         super().__init__()
         assert isinstance(recipe.objective, InfillObjective)
         self.options = recipe.objective
-        self.shape = recipe.model
+        self.shape = _shape(recipe)
         if self.shape.within_documents:
             raise UserError("model.within_documents: an infill objective moves text across documents; set it to false")
         if self.shape.context < 16:
             raise UserError(f"model.context: an infill objective needs at least 16 tokens, not {self.shape.context}")
-        self.vocabulary = vocabulary
+        vocabulary = self.vocabulary = described.vocabulary
         self.spans: SpanLayout | None = None
         names: list[str] = list(MIDDLE_SENTINELS)
         if self.options.form == "spans":

@@ -35,29 +35,68 @@ class Objective(nn.Module):
     """What is learned. The training loop runs any objective and never asks which kind it has.
 
     ``networks`` holds the trained networks by name; the names never change, because they key checkpoints and exports.
+    Buffers of the objective itself, outside its networks, are its controls: state that :meth:`observe` adapts, which is
+    checkpointed with the weights.
     """
 
     networks: nn.ModuleDict
     phases: tuple[Phase, ...]
+    sampled: tuple[str, ...] = ("model",)
+    """The networks that samples come from: these are averaged, where the recipe asks for averages."""
 
     def weight(self, phase: Phase, batch: Any) -> Tensor:
         """Scalar: valid elements of the batch (tokens, images), known before the forward."""
         raise NotImplementedError
 
+    def scalars(self, progress: float) -> dict[str, float]:
+        """What follows the clock (penalty weights, strengths), at ``progress`` from 0 to 1 through the budget."""
+        return {}
+
     def loss(self, phase: Phase, batch: Any, rng: Rng, scalars: dict[str, float]) -> Loss:
-        """The loss of one micro-batch. ``scalars`` are functions of the clock (penalty weights, strengths)."""
+        """The loss of one micro-batch. ``scalars`` are what :meth:`scalars` gave for this step."""
         raise NotImplementedError
 
+    def observe(self, measured: dict[str, float], samples: int) -> None:
+        """Adapt the controls to a step of ``samples`` samples; ``measured`` is the same on all ranks.
+
+        Args:
+            measured: the step's metrics, each name with its phase before it where there are several phases
+                (``discriminator_loss``).
+        """
+
+    def concerns(self, measured: dict[str, float]) -> dict[str, str]:
+        """What a person should look at, by kind: what it is and what to try. Told once for each kind."""
+        return {}
+
     def validate(self, batch: Any, rng: Rng) -> Loss:
-        """The loss by which runs are compared: no dropout, no smoothing, no penalties, noise fixed by ``rng``."""
+        """What runs are compared by: no dropout, no smoothing, no penalties, noise fixed by ``rng``.
+
+        A metric's sum may be a tensor of any shape here; :meth:`scores` makes numbers of the means.
+        """
         raise NotImplementedError
+
+    def scores(self, means: dict[str, Tensor]) -> dict[str, float]:
+        """From the means over the whole held-out split to numbers; ``loss``, lower is better, is always among them.
+
+        Args:
+            means: of each metric of :meth:`validate`, float64.
+        """
+        return {name: mean.item() for name, mean in means.items()}
 
     def sample(self, request: Any, rng: Rng) -> Any:
         """Draw samples as the request asks."""
         raise NotImplementedError
 
     def flops_per_sample(self) -> float:
-        """Floating-point operations of one sample's forward and backward, without recomputation."""
+        """Floating-point operations of one sample's part in a step, all phases, without recomputation."""
+        raise NotImplementedError
+
+    def activation_bytes_per_sample(self, element: int) -> int:
+        """Bytes kept for the backward of one sample, where an activation's element has ``element`` bytes."""
+        raise NotImplementedError
+
+    def rows_per_sample(self) -> int:
+        """Rows that a sample adds to the networks' matrix products: tokens, patches, pixels."""
         raise NotImplementedError
 
 

@@ -196,6 +196,8 @@ def _filled(values: dict[str, Any], part: type[Part]) -> dict[str, Any]:
             continue
         if isinstance(described.default, chosen):
             value = _merged(described.default.model_dump(mode="json"), value)
+        elif described.default is None and "kind" in chosen.model_fields:
+            value = {"kind": chosen.model_fields["kind"].default, **value}
         result[name] = _filled(value, chosen)
     return result
 

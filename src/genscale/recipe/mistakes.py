@@ -46,11 +46,12 @@ def parts_in(annotation: Any) -> list[type[Part]]:
 
 
 def part_for(field: FieldInfo, value: Mapping[str, Any]) -> type[Part] | None:
-    """The part that a mapping given for a field is to become: by its ``kind``, or that of the field's default."""
+    """The part that a mapping given for a field is to become: by its ``kind``, that of the field's default, or, where
+    there is none by default, the first."""
     parts = parts_in(field.annotation)
     if len(parts) < 2:
         return parts[0] if parts else None
-    kind = value.get("kind", getattr(field.default, "kind", None))
+    kind = value.get("kind", getattr(field.default, "kind", parts[0].model_fields["kind"].default))
     return next((part for part in parts if part.model_fields["kind"].default == kind), None)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from genscale.recipe.base import Part
+from genscale.recipe.image_model import DiffusionTransformerModel, GANModel, UNetModel
 
 
 class RotaryScaling(Part):
@@ -93,3 +94,6 @@ class TransformerModel(Part):
         if self.hidden:
             return self.hidden
         return -(-8 * self.width // 3 // 64) * 64 if self.gated else 4 * self.width
+
+
+Model = Annotated[TransformerModel | DiffusionTransformerModel | UNetModel | GANModel, Field(discriminator="kind")]

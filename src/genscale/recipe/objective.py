@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from genscale.recipe.base import Part
+from genscale.recipe.image_objective import AdversarialObjective, DDPMObjective, EDMObjective, FlowObjective
 
 
 class CausalObjective(Part):
@@ -16,6 +17,8 @@ class CausalObjective(Part):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-partition penalty (PaLM, section 5)."""
+    token_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The chance that a token of the input is replaced by a random one, in training; what is predicted stays."""
 
 
 class MaskedObjective(Part):
@@ -45,4 +48,6 @@ class InfillObjective(Part):
     z_loss: float = Field(default=0.0, ge=0)
 
 
-Objective = Annotated[CausalObjective | MaskedObjective | InfillObjective, Field(discriminator="kind")]
+TextObjective = CausalObjective | MaskedObjective | InfillObjective
+DiffusionObjective = FlowObjective | EDMObjective | DDPMObjective
+Objective = Annotated[TextObjective | DiffusionObjective | AdversarialObjective, Field(discriminator="kind")]

@@ -114,7 +114,29 @@ class Guard(Part):
 class ExponentialAverage(Part):
     """Average of the weights; validation, samples and exports use it."""
 
+    kind: Literal["exponential"] = "exponential"
     half_life: PositiveAmount = Amount(2, "%")
+
+
+class PowerAverage(Part):
+    """Averages with power-function profiles, from which one of any length is put together after training (Karras et
+    al. 2024, section 3). Validation, samples and exports use the first."""
+
+    kind: Literal["power"] = "power"
+    lengths: tuple[float, ...] = Field(default=(0.05, 0.10), min_length=1)
+    """Relative standard deviations of the profiles: the part of the run that an average looks back over."""
+    snapshot_every: PositiveAmount = Amount(5, "%")
+    """Between the snapshots that are kept for putting together others."""
+
+    @model_validator(mode="after")
+    def _profiles(self) -> PowerAverage:
+        for length in self.lengths:
+            if not 0 < length < 0.28:
+                raise ValueError(f"lengths are relative standard deviations, between 0 and 0.28, not {length:g}")
+        return self
+
+
+Average = Annotated[ExponentialAverage | PowerAverage, Field(discriminator="kind")]
 
 
 class Trackers(Part):
@@ -134,7 +156,7 @@ class Training(Part):
     optimizer: Optimizer = Muon()
     schedule: Schedule = Schedule()
     gradient_clip: float | None = Field(default=1.0, gt=0)
-    average: ExponentialAverage | None = None
+    average: Average | None = None
     validation: Validation = Validation()
     checkpoints: Checkpoints = Checkpoints()
     early_stopping: EarlyStopping | None = EarlyStopping()
@@ -175,20 +197,3 @@ class Layout(Part):
         if self.micro_batch != "auto" and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, not {self.micro_batch}")
         return self
-
-
-class Sampling(Part):
-    """The samples drawn at each validation and at the end, for the report; and the defaults of ``genscale sample``."""
-
-    prompts: tuple[str, ...] = ()
-    tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.8, ge=0)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    stop: tuple[str, ...] = ()
-    steps: int | None = Field(default=None, ge=1)
-    """Unmasking steps of a masked-diffusion sampler; by default one a token."""
-    order: Literal["random", "confidence"] = "random"
-    """What that sampler unmasks first: random tokens, true to what was learned, or those the network is surest of."""

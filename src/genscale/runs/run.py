@@ -4,7 +4,7 @@
 
     recipe.yaml      the resolved recipe          metrics.jsonl   a line each ``log_every`` steps
     facts.json       data, machine, decisions     events.jsonl    warnings, rollbacks, resumes, the stop
-    tokenizer.json   copied from the store        samples.jsonl   what the model wrote, by step
+    tokenizer.json   or images.json: the data's   samples.jsonl   what the model wrote or drew, by step
     checkpoints/     to go on from                weights/        plain safetensors to take away
     report.html      one page for people          lock            who is using it
 
@@ -49,7 +49,13 @@ FREE = (
 """The keys of a recipe that may change when a run goes on, because what is learned does not depend on them."""
 
 _LEFT_BY_A_KILLED_CREATE = re.compile(r"lock|facts\.json|\.(facts\.json|recipe\.yaml)\.\d+\.aside")
-_WRITTEN_ASIDE = (".*.json.*.aside", ".*.jsonl.*.aside", ".recipe.yaml.*.aside", "weights/.*.aside")
+_WRITTEN_ASIDE = (
+    ".*.json.*.aside",
+    ".*.jsonl.*.aside",
+    ".recipe.yaml.*.aside",
+    "weights/.*.aside",
+    "samples/.*.aside",
+)
 
 
 class Run:
@@ -215,9 +221,18 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         return journal.read(self.directory / "events.jsonl")
 
-    def log_sample(self, step: int, **sample: Any) -> None:
+    def log_sample(self, step: int, **sample: str) -> None:
         """Append to ``samples.jsonl``."""
         journal.append(self.directory / "samples.jsonl", {"step": step, **sample})
+
+    def keep_image(self, step: int, number: int, png: bytes) -> str:
+        """Write ``samples/step-<step>-<number>.png`` and return this path."""
+        name = f"samples/step-{step:08d}-{number}.png"
+        path = self.directory / name
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, png)
+        return name
 
     def samples(self) -> list[dict[str, Any]]:
         return journal.read(self.directory / "samples.jsonl")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,20 +34,39 @@ class Peak(NamedTuple):
     """``known`` (data sheet) or ``measured`` (the best of several large products, on this device)."""
 
 
-@cache
+_measured: dict[tuple[torch.device, torch.dtype], float] = {}
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak for products in ``dtype``. Measuring takes about half a second."""
+    """The peak for products in ``dtype``. Measuring takes about half a second, once for each process."""
     if dtype in (torch.bfloat16, torch.float16):
         for part, flops in _KNOWN_16_BIT.items():
             if part in device_name(device):
                 return Peak(flops, "known")
+    if (device, dtype) not in _measured:
+        _measured[device, dtype] = _measure(device, dtype)
+    return Peak(_measured[device, dtype], "measured")
+
+
+def measured_anew(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The peak, measured once more where it is measured at all: on a busy device the first time may show too little.
+
+    The larger of all measurements holds.
+    """
+    before = matmul_peak(device, dtype)
+    if before.kind == "measured":
+        _measured[device, dtype] = max(before.flops, _measure(device, dtype))
+    return matmul_peak(device, dtype)
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
     # A CPU that only imitates a dtype would take minutes over the large products that show the peak of one that has it.
     sizes = (64, 256, 1024) if device.type == "cpu" else (8192,)
     flops = 0.0
     for size in sizes:
         if not flops or 2 * size**3 / flops < _MEASURING_SECONDS / 12:
             flops = max(flops, _product_flops(device, dtype, size))
-    return Peak(flops, "measured")
+    return flops
 
 
 def _product_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:

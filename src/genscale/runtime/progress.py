@@ -99,7 +99,7 @@ class TrainingDisplay(_Display):
     """The progress of a training run; a context manager.
 
     >>> with TrainingDisplay(total_steps=2000) as display:  # doctest: +SKIP
-    ...     display.update(10, loss=3.21, tokens_per_second=11_900.0)
+    ...     display.update(10, losses={"loss": 3.21}, rate=(11_900.0, "tokens"))
     """
 
     def __init__(self, total_steps: int, enabled: bool | None = None, console: Console | None = None):
@@ -112,10 +112,10 @@ class TrainingDisplay(_Display):
         self,
         step: int,
         *,
-        loss: float | None = None,
+        losses: dict[str, float] | None = None,
         validation_loss: float | None = None,
         best: float | None = None,
-        tokens_per_second: float | None = None,
+        rate: tuple[float, str] | None = None,
         utilisation: float | None = None,
         utilisation_kind: str | None = None,
         learning_rate: float | None = None,
@@ -124,6 +124,8 @@ class TrainingDisplay(_Display):
         """Say where the run is. What is None stays as it was last shown.
 
         Args:
+            losses: of the step, by name: ``loss``, or one for each phase.
+            rate: how much in a second, and of what: tokens, samples.
             utilisation: the fraction of the peak, 0 to 1.
             utilisation_kind: of which peak, "measured peak" or "known peak".
             best: the best validation loss so far.
@@ -131,10 +133,10 @@ class TrainingDisplay(_Display):
         if not self._enabled:
             return
         values = {
-            "loss": loss,
+            "losses": losses,
             "validation_loss": validation_loss,
             "best": best,
-            "tokens_per_second": tokens_per_second,
+            "rate": rate,
             "utilisation": utilisation,
             "utilisation_kind": utilisation_kind,
             "learning_rate": learning_rate,
@@ -148,13 +150,12 @@ class TrainingDisplay(_Display):
         """(name, value) pairs of what is known, in the order that they are shown."""
         known = self._values
         parts = []
-        if "loss" in known:
-            parts.append(("loss", f"{known['loss']:.4f}"))
+        parts += [(name, f"{value:.4f}") for name, value in known.get("losses", {}).items()]
         if "validation_loss" in known:
             best = f" (best {known['best']:.4f})" if "best" in known else ""
             parts.append(("validation", f"{known['validation_loss']:.4f}{best}"))
-        if "tokens_per_second" in known:
-            parts.append(("", f"{known['tokens_per_second']:,.0f} tokens/s"))
+        if "rate" in known:
+            parts.append(("", f"{known['rate'][0]:,.0f} {known['rate'][1]}/s"))
         if "utilisation" in known:
             parts.append(("", f"{known['utilisation']:.0%} of {known.get('utilisation_kind', 'peak')}"))
         if "learning_rate" in known:

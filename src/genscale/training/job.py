@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,19 +17,12 @@ from genscale.runtime.world import World
 from genscale.training.checkpoint import CheckpointStore
 from genscale.training.early_stopping import EarlyStopping
 from genscale.training.guard import Guard
+from genscale.training.inputs import Batches
 from genscale.training.interruption import Interruption
 from genscale.training.plan import Plan
 from genscale.training.profile import StepProfile
 from genscale.training.state import TrainingState
 from genscale.training.trackers import Tracker
-
-
-class Batches(Protocol):
-    """What the loop needs of a stream: a pure function of the step."""
-
-    def batch_at(self, step: int, batch: int, start: int = 0, stop: int | None = None) -> Any: ...
-
-    def sweep(self, batch: int, limit: int | None) -> Iterator[Any]: ...
 
 
 @dataclass
@@ -43,6 +36,8 @@ class Progress:
     stopped_early: bool = False
     best_step: int | None = None
     best_loss: float | None = None
+    concerns: list[str] = field(default_factory=list)
+    """Kinds of concern that were told of."""
 
 
 @dataclass
@@ -61,12 +56,13 @@ class Job:
     device: torch.device
     world: World
     peak: Peak
+    flops_per_sample: float
     checkpoints: CheckpointStore
     tracker: Tracker
     display: TrainingDisplay
     interruption: Interruption
     profile: StepProfile
-    preview: Callable[[], list[dict[str, Any]]]
+    preview: Callable[[], list[dict[str, str | bytes]]]
     """Draws the samples that the report shows."""
     guards: dict[str, Guard]
     """One for each phase."""

@@ -6,11 +6,14 @@ from typing import Any, Literal
 
 from genscale.evaluation.held_out import held_out
 from genscale.runtime.errors import UserError
+from genscale.runtime.peak import measured_anew
 from genscale.runtime.world import from_rank_0
+from genscale.training.average_snapshots import averages_folder, drop_later, write_snapshot
 from genscale.training.guard import Verdict
 from genscale.training.job import Job
 from genscale.training.meter import Meter
-from genscale.training.precision import autocast
+from genscale.training.power_average import PowerAverage
+from genscale.training.precision import autocast, torch_dtype
 from genscale.training.step import accumulate, apply, clear
 
 
@@ -33,6 +36,8 @@ def run_steps(job: Job) -> None:
         job.profile.end(step)
         meter.stop(plan.batch)
         progress.step, progress.seconds = step + 1, meter.elapsed
+        if plan.snapshot_every and plan.due(plan.snapshot_every, step):
+            keep_snapshots(job)
         log_step(job, step, measured, meter)
         scored = plan.due(plan.validate_every, step) or job.done
         best = scored and validate(job)
@@ -47,6 +52,7 @@ def run_steps(job: Job) -> None:
 def train_step(job: Job, step: int) -> tuple[dict[str, float], Verdict]:
     """All phases of a step; what was measured, and the worst verdict on it."""
     measured: dict[str, float] = {}
+    sound = True
     for phase in job.objective.phases:
         guard = job.guards[phase.name]
         if step % phase.every or step in guard.skipped:
@@ -54,6 +60,7 @@ def train_step(job: Job, step: int) -> tuple[dict[str, float], Verdict]:
         values = accumulate(job, phase, step)
         if job.state.scaler.overflowed(values["loss"], values["gradient_norm"]):
             clear(job)
+            sound = False
             continue
         verdict = guard.observe(step, values["loss"], values["gradient_norm"])
         if verdict is Verdict.GOOD:
@@ -61,10 +68,13 @@ def train_step(job: Job, step: int) -> tuple[dict[str, float], Verdict]:
         clear(job)
         if verdict is not Verdict.GOOD:
             warn(job, phase.name, step, values, verdict)
+            sound = False
         if verdict is Verdict.ROLLBACK:
             return measured, verdict
         prefix = f"{phase.name}_" if len(job.objective.phases) > 1 else ""
         measured |= {prefix + name: value for name, value in values.items()}
+    if sound:
+        job.objective.observe(measured, job.plan.batch)
     return measured, Verdict.GOOD
 
 
@@ -110,7 +120,16 @@ def restore(job: Job, which: int | Literal["last"] = "last") -> bool:
         job.event("damaged_checkpoint", warning)
     if job.leads:
         job.run.truncate_metrics(job.progress.step)
+        drop_later(averages_folder(job.run), job.progress.step * job.plan.batch)
     return True
+
+
+def keep_snapshots(job: Job) -> None:
+    """Of averages from which others are put together after training."""
+    for name, average in job.state.averages.items():
+        if isinstance(average, PowerAverage):
+            samples = job.progress.step * job.plan.batch
+            write_snapshot(averages_folder(job.run), name, samples, average.snapshot())
 
 
 def log_step(job: Job, step: int, measured: dict[str, float], meter: Meter) -> None:
@@ -124,22 +143,36 @@ def log_step(job: Job, step: int, measured: dict[str, float], meter: Meter) -> N
         **measured,
         "learning_rate": next(iter(job.state.optimizers.values())).param_groups[0]["lr"],
         "samples_per_second": rate,
-        "utilisation": rate * job.objective.flops_per_sample() / (job.peak.flops * job.world.size),
+        "utilisation": utilisation(job, rate),
         "seconds": job.progress.seconds,
     }
     if plan.clock.tokens_per_sample:
         values["tokens"] = values["samples"] * plan.clock.tokens_per_sample
         values["tokens_per_second"] = rate * plan.clock.tokens_per_sample
     publish(job, done, values)
+    for kind, concern in job.objective.concerns(measured).items():
+        if kind not in job.progress.concerns:
+            job.progress.concerns.append(kind)
+            job.event(kind, concern)
+    per_second = "tokens_per_second" if plan.clock.tokens_per_sample else "samples_per_second"
     job.display.update(
         done,
-        loss=measured.get("loss"),
-        tokens_per_second=values.get("tokens_per_second"),
+        losses={name.removesuffix("_loss"): value for name, value in measured.items() if name.endswith("loss")},
+        rate=(values[per_second], per_second.split("_")[0]),
         utilisation=values["utilisation"],
         utilisation_kind=f"{job.peak.kind} peak",
         learning_rate=values["learning_rate"],
         seconds_left=(plan.steps - done) * plan.batch / rate if rate else None,
     )
+
+
+def utilisation(job: Job, samples_per_second: float) -> float:
+    """The part of the ranks' matrix peak that is used; a peak that turns out too low is measured anew."""
+    flops = samples_per_second * job.flops_per_sample / job.world.size
+    if job.leads and flops > job.peak.flops and job.peak.kind == "measured":
+        job.peak = measured_anew(job.device, torch_dtype(job.precision))
+        job.run.record(peak=job.peak._asdict())
+    return flops / job.peak.flops
 
 
 def validate(job: Job) -> bool:
@@ -158,8 +191,7 @@ def validate(job: Job) -> bool:
         )
         if job.leads:
             for number, sample in enumerate(job.preview()):
-                job.run.log_sample(progress.step, **sample)
-                job.tracker.text(progress.step, f"samples/{number}", "".join(map(str, sample.values())))
+                keep_sample(job, number, sample)
     best = progress.best_loss is None or scores["loss"] < progress.best_loss
     if best:
         progress.best_step, progress.best_loss = progress.step, scores["loss"]
@@ -169,6 +201,22 @@ def validate(job: Job) -> bool:
     publish(job, progress.step, {f"validation_{name}": value for name, value in scores.items()})
     job.display.update(progress.step, validation_loss=scores["loss"], best=progress.best_loss)
     return best
+
+
+def keep_sample(job: Job, number: int, sample: dict[str, str | bytes]) -> None:
+    """To the run directory and the trackers; a PNG becomes a file of its own."""
+    step, name = job.progress.step, f"samples/{number}"
+    kept: dict[str, str] = {}
+    for key, value in sample.items():
+        if isinstance(value, bytes):
+            kept[key] = job.run.keep_image(step, number, value)
+            job.tracker.image(step, name, value)
+        else:
+            kept[key] = value
+    job.run.log_sample(step, **kept)
+    text = "".join(value for value in sample.values() if isinstance(value, str))
+    if text:
+        job.tracker.text(step, name, text)
 
 
 def publish(job: Job, step: int, values: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from genscale.recipe.amount import Amount, Clock
 from genscale.recipe.schema import Recipe
+from genscale.recipe.training import ExponentialAverage, PowerAverage
 from genscale.runtime.errors import UserError
 
 
@@ -23,16 +24,18 @@ class Plan:
     checkpoint_every: int
     keep_every: int | None
     half_life: int | None
-    """Of the average of the weights, in samples; None for no average."""
+    """Of the exponential average of the weights, in samples; None for none."""
+    snapshot_every: int | None
+    """Between snapshots of the averages with power profiles; None for none."""
 
     def due(self, every: int, step: int) -> bool:
         """Whether a multiple of ``every`` samples is reached by the end of this step."""
         return (step + 1) * self.batch // every > step * self.batch // every
 
 
-def make_plan(recipe: Recipe, tokens_per_sample: int, samples_per_epoch: int) -> Plan:
+def make_plan(recipe: Recipe, samples_per_epoch: int) -> Plan:
     """Resolve the recipe's amounts; an interval is at least a step. Raises UserError for a budget of nothing."""
-    training = recipe.training
+    training, tokens_per_sample = recipe.training, recipe.tokens_per_sample
     clock = Clock(tokens_per_sample=tokens_per_sample, samples_per_epoch=samples_per_epoch)
     batch = _positive("training.batch", training.batch, clock)
     clock = Clock(tokens_per_sample, batch, samples_per_epoch)
@@ -48,7 +51,8 @@ def make_plan(recipe: Recipe, tokens_per_sample: int, samples_per_epoch: int) ->
         validation_windows=_at_least(1, validation.amount, clock),
         checkpoint_every=max(batch, checkpoints.every.samples(clock)),
         keep_every=_at_least(batch, checkpoints.keep_every, clock),
-        half_life=_at_least(1, average.half_life if average else None, clock),
+        half_life=_at_least(1, average.half_life, clock) if isinstance(average, ExponentialAverage) else None,
+        snapshot_every=_at_least(batch, average.snapshot_every, clock) if isinstance(average, PowerAverage) else None,
     )
 
 
@@ -59,7 +63,8 @@ def _at_least(samples: int, amount: Amount | None, clock: Clock) -> int | None:
 def _positive(key: str, amount: Amount, clock: Clock) -> int:
     samples = amount.samples(clock)
     if samples < 1:
-        raise UserError(f"{key}: '{amount}' is less than one sample ({clock.tokens_per_sample} tokens)")
+        size = f" ({clock.tokens_per_sample} tokens)" if clock.tokens_per_sample else ""
+        raise UserError(f"{key}: '{amount}' is less than one sample{size}")
     return samples
 
 

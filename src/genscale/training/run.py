@@ -56,7 +56,7 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
         keep_freed_memory()
     world = join_world(device)
     inputs = open_inputs(recipe, show_progress)
-    plan = make_plan(recipe, inputs.tokens_per_sample, inputs.stream.samples_per_epoch)
+    plan = make_plan(recipe, inputs.stream.samples_per_epoch)
     leads = world.rank == 0
     with ExitStack() as held, watched_signals() as interruption:
         run = from_rank_0(lambda: _open_run(recipe, inputs, held))
@@ -94,7 +94,7 @@ def _open_run(recipe: Recipe, inputs: Inputs, held: ExitStack) -> Run:
     held.enter_context(run.lock())
     # Again, as another process may have had it in between.
     run = Run.create(recipe.run_directory, recipe, inputs.fingerprint, holds_lock=True)
-    with writing(run.tokenizer):
+    with writing(run.directory):
         inputs.keep_with(run.directory)
     run.record(inputs=inputs.facts)
     return run
@@ -104,15 +104,13 @@ def make_job(
     recipe: Recipe, run: Run, inputs: Inputs, plan: Plan, device: torch.device, world: World, **watched: Any
 ) -> Job:
     """Build what is trained and decide how. Decisions of an earlier process of the same run hold."""
-    objective = build_objective(recipe, inputs.vocabulary).to(device)
+    objective = build_objective(recipe, inputs.described).to(device)
     precision = from_rank_0(lambda: pick_precision(_decided(run, recipe, "precision"), device))
     micro_batch = from_rank_0(
         lambda: choose_micro_batch(
             _micro_batch(run, recipe, plan.batch, world),
             plan.batch,
             objective,
-            inputs,
-            recipe.model,
             precision,
             device,
             world,
@@ -133,6 +131,7 @@ def make_job(
         device=device,
         world=world,
         peak=matmul_peak(device, torch_dtype(precision)),
+        flops_per_sample=objective.flops_per_sample(),
         checkpoints=CheckpointStore(
             run.checkpoints, kept.keep_last, plan.keep_every and max(1, plan.keep_every // plan.batch)
         ),
@@ -178,13 +177,13 @@ def begin(job: Job, inputs: Inputs) -> None:
         "status": "running",
         "decisions": {"precision": job.precision, "micro_batch": job.micro_batch, "compile": compiled},
         "parameters": parameters,
-        "flops_per_sample": job.objective.flops_per_sample(),
+        "flops_per_sample": job.flops_per_sample,
         "peak": job.peak._asdict(),
         "device": device_summary(job.device),
         "ranks": job.world.size,
         "steps": job.plan.steps,
         "batch": job.plan.batch,
-        "tokens_per_sample": inputs.tokens_per_sample,
+        "tokens_per_sample": job.recipe.tokens_per_sample,
         "samples_per_epoch": inputs.stream.samples_per_epoch,
     }
     from_rank_0(lambda: job.run.record(**facts))

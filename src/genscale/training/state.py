@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genscale.objectives.objective import Objective
 from genscale.recipe.schema import Recipe
+from genscale.recipe.training import PowerAverage as PowerRecipe
 from genscale.runtime.errors import UserError
 from genscale.training.average import WeightAverage
 from genscale.training.optimizers import (
@@ -18,11 +19,12 @@ from genscale.training.optimizers import (
     load_optimizer_state,
     optimizer_state,
 )
+from genscale.training.power_average import PowerAverage
 from genscale.training.precision import GradientScaler
 
 
 class TrainingState:
-    """Networks with, for each, its optimizer and, where the recipe asks, its average; and the gradient scaler."""
+    """Networks with their optimizers, averages of those that are sampled where the recipe asks, and the gradient scaler."""
 
     def __init__(self, objective: Objective, recipe: Recipe, half_life: int | None, precision: str):
         self.objective = objective
@@ -30,9 +32,15 @@ class TrainingState:
         self.optimizers = {
             name: build_optimizer(network, recipe.training.optimizer) for name, network in self.networks.items()
         }
-        self.averages = (
-            {name: WeightAverage(network, half_life) for name, network in self.networks.items()} if half_life else {}
-        )
+        average = recipe.training.average
+        self.averages: dict[str, WeightAverage | PowerAverage] = {}
+        for name in objective.sampled if average else ():
+            network = self.networks[name]
+            if isinstance(average, PowerRecipe):
+                self.averages[name] = PowerAverage(network, average.lengths)
+            else:
+                assert half_life is not None
+                self.averages[name] = WeightAverage(network, half_life)
         self.scaler = GradientScaler(precision)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -43,16 +51,18 @@ class TrainingState:
             flat |= _prefixed(f"optimizers.{name}.", optimizer_state(self.optimizers[name], network))
         for name, average in self.averages.items():
             flat |= _prefixed(f"averages.{name}.", average.state)
+        flat |= _prefixed("controls.", controls(self.objective))
         return flat | _prefixed("scaler.", self.scaler.state())
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :meth:`tensors` gave; raises UserError when the tensors are another network's."""
         for name, network in self.networks.items():
-            load_network(network, _under(tensors, f"networks.{name}."))
-            load_optimizer_state(self.optimizers[name], network, _under(tensors, f"optimizers.{name}."))
+            load_network(network, under(tensors, f"networks.{name}."))
+            load_optimizer_state(self.optimizers[name], network, under(tensors, f"optimizers.{name}."))
         for name, average in self.averages.items():
-            average.load(_under(tensors, f"averages.{name}."))
-        self.scaler.load(_under(tensors, "scaler."))
+            average.load(under(tensors, f"averages.{name}."))
+        load_controls(self.objective, tensors)
+        self.scaler.load(under(tensors, "scaler."))
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -63,6 +73,17 @@ class TrainingState:
                 if name in self.averages:
                     stack.enter_context(self.averages[name].swapped())
             yield
+
+
+def controls(objective: Objective) -> dict[str, Tensor]:
+    """The objective's own persistent buffers, outside its networks; live."""
+    return {name: value for name, value in objective.state_dict().items() if not name.startswith("networks.")}
+
+
+def load_controls(objective: Objective, tensors: dict[str, Tensor]) -> None:
+    """Take over the controls among a checkpoint's tensors."""
+    for name, control in controls(objective).items():
+        control.copy_(tensors[f"controls.{name}"])
 
 
 def load_network(network: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -81,5 +102,6 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of the tensors whose names begin so, without the beginning."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from genscale.objectives.objective import Phase
 from genscale.runtime.randomness import Rng
@@ -30,6 +33,7 @@ def accumulate(job: Job, phase: Phase, step: int) -> dict[str, float]:
         job.stream.batch_at(step, job.plan.batch, start, stop).to(job.device)
         for start, stop in micro_batches(job.plan.batch, job.micro_batch, world.rank, world.size)
     ]
+    scalars = objective.scalars(step / job.plan.steps)
     weight = torch.stack([objective.weight(phase, batch) for batch in batches]).sum()
     all_reduce_sum([weight], world)
 
@@ -37,9 +41,10 @@ def accumulate(job: Job, phase: Phase, step: int) -> dict[str, float]:
     for batch in batches:
         rng = Rng(job.recipe.seed, step, phase.name, batch.positions)
         torch.manual_seed(rng.dropout_seed())
-        with autocast(job.precision, job.device):
-            loss = objective.loss(phase, batch, rng, scalars={})
-        job.state.scaler.scale(loss.total / weight).backward()
+        with differentiable_kernels(phase):
+            with autocast(job.precision, job.device):
+                loss = objective.loss(phase, batch, rng, scalars)
+            job.state.scaler.scale(loss.total / weight).backward()
         for name, (total, count) in loss.metrics.items():
             pair = torch.stack([total.detach().float(), count.float()])
             sums[name] = sums[name] + pair if name in sums else pair
@@ -52,6 +57,11 @@ def accumulate(job: Job, phase: Phase, step: int) -> dict[str, float]:
     all_reduce_sum([table], world)
     *means, gradient_norm = torch.cat([table[:, 0] / table[:, 1], norm.reshape(1)]).tolist()  # the step's one wait
     return dict(zip(sums, means, strict=True)) | {"gradient_norm": gradient_norm}
+
+
+def differentiable_kernels(phase: Phase) -> AbstractContextManager[None]:
+    """Fused attention has no second derivative: a phase that needs one uses plain matrix products."""
+    return sdpa_kernel(SDPBackend.MATH) if phase.differentiates_twice else nullcontext()
 
 
 def apply(job: Job, phase: Phase, step: int, gradient_norm: float) -> None:

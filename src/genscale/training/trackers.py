@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import io
 import json
 import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from genscale.recipe.training import Trackers
 from genscale.runs.run import Run
@@ -28,6 +32,9 @@ class Tracker(Protocol):
 
     def text(self, step: int, name: str, text: str) -> None:
         """A sample, or another piece of text."""
+
+    def image(self, step: int, name: str, png: bytes) -> None:
+        """A sample, or another picture."""
 
     def close(self) -> None:
         """Flush, and mark the run as ended."""
@@ -71,6 +78,9 @@ class _Together:
     def text(self, step: int, name: str, text: str) -> None:
         self._each(lambda tracker: tracker.text(step, name, text))
 
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._each(lambda tracker: tracker.image(step, name, png))
+
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
         self._trackers.clear()
@@ -112,6 +122,9 @@ class _TensorBoard:
         block = "\n".join("    " + line for line in text.splitlines())  # Markdown's way to say: as it is
         self._at(step).add_text(name, block, step)
 
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._at(step).add_image(name, _pixels(png), step, dataformats="HWC")
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -124,7 +137,7 @@ class _WeightsAndBiases:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # the library's own reports of its crashes
         import wandb
 
-        self._html = wandb.Html
+        self._html, self._image = wandb.Html, wandb.Image
         known = run.facts.get("wandb", {})
         identity = known["id"] if known.get("project") == project else secrets.token_hex(4)
         try:
@@ -153,6 +166,9 @@ class _WeightsAndBiases:
 
     def text(self, step: int, name: str, text: str) -> None:
         self._run.log({name: self._html(f"<pre>{html.escape(text)}</pre>", inject=False), "step": step})
+
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._run.log({name: self._image(_pixels(png)), "step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -195,8 +211,18 @@ class _MLflow:
     def text(self, step: int, name: str, text: str) -> None:
         self._client.log_text(self._run, text, f"{name}/step-{step:08}.txt")
 
+    def image(self, step: int, name: str, png: bytes) -> None:
+        self._client.log_image(self._run, _pixels(png), f"{name}/step-{step:08}.png")
+
     def close(self) -> None:
         self._client.set_terminated(self._run)
+
+
+def _pixels(png: bytes) -> NDArray[np.uint8]:
+    """(height, width, 3)."""
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
