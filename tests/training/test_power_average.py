@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from genscale.cli.average import average
 from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError
+from genscale.training import loop
 from genscale.training.average_snapshots import Snapshot, drop_later, read_snapshots, snapshots_of, write_snapshot
 from genscale.training.power_average import PowerAverage, gamma_of
 from genscale.training.reconstruction import Profile, average_of, fit, inner_products, reconstruct
@@ -293,9 +298,9 @@ def test_a_damaged_snapshot_is_named(tmp_path: Path) -> None:
 
 POWER = {"kind": "power", "lengths": [0.05, 0.1], "snapshot_every": "5%"}
 RUN = {
-    "training.budget": "60 steps",
+    "training.budget": "40 steps",
     "training.schedule": {"kind": "constant"},
-    "training.validation.every": "30 steps",
+    "training.validation.every": "40 steps",
     "training.early_stopping": None,
 }
 
@@ -309,13 +314,47 @@ def test_a_run_put_together_afterwards_is_the_run_that_tracked_it(
     objective, error = average_of(kept, 0.15, "last", "cpu")
     assert error < 0.01
     found, wanted, first = (
-        dict(each.networks["model"].named_parameters())
+        each.networks["model"].state_dict()
         for each in (objective, load_objective(tracked_run, "last", "cpu"), load_objective(kept, "last", "cpu"))
     )
     assert distance(found, wanted, first) < 0.02
-    same = average_of(kept, 0.05, "last", "cpu").objective.networks["model"].named_parameters()
-    for name, parameter in same:
-        torch.testing.assert_close(parameter, first[name], atol=1e-5, rtol=0)
+    same = average_of(kept, 0.05, "last", "cpu").objective.networks["model"].state_dict()
+    for name, tensor in same.items():
+        torch.testing.assert_close(tensor, first[name], atol=1e-5, rtol=0)
+    file = tmp_path / "weights.safetensors"
+    words = [str(kept.directory), "--length", "0.15", "--checkpoint", "last", "--out", str(file), "--json"]
+    said = CliRunner().invoke(average, words, catch_exceptions=False)
+    assert json.loads(said.output) == {"out": str(file), "length": 0.15, "profile_error": error}
+    stored = load_file(file)
+    assert stored.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in stored.items())
+
+
+def test_a_run_that_died_and_went_on_ends_with_the_same_snapshots(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        **RUN,
+        "training.budget": "20 steps",
+        "training.average": POWER,
+        "training.checkpoints.every": "5 steps",
+    }
+    straight = train(recipe(run=str(tmp_path / "straight"), **settings), show_progress=False)
+    original = loop.keep_snapshots
+
+    def dies(job: Any) -> None:
+        original(job)
+        if job.progress.step == 13:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "keep_snapshots", dies)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe(run=str(tmp_path / "resumed"), **settings), show_progress=False)
+    monkeypatch.undo()
+    resumed = train(recipe(run=str(tmp_path / "resumed"), **settings), show_progress=False)
+    left, right = (sorted((run.directory / "averages").iterdir()) for run in (straight, resumed))
+    assert [path.name for path in left] == [f"model-{8 * step:012d}.safetensors" for step in range(1, 21)]
+    assert [path.read_bytes() for path in right] == [path.read_bytes() for path in left]
 
 
 def test_an_exponential_average_has_one_length(recipe: Callable[..., Recipe]) -> None:

@@ -24,7 +24,7 @@ from genscale.training.precision import GradientScaler
 
 
 class TrainingState:
-    """Networks with their optimizers, averages of those that are sampled where the recipe asks, and the gradient scaler."""
+    """Networks with their optimizers, averages of those that are sampled where the recipe asks, the gradient scaler."""
 
     def __init__(self, objective: Objective, recipe: Recipe, half_life: int | None, precision: str):
         self.objective = objective
