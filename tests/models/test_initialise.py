@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from genscale.models.initialise import initialise
+from genscale.models.initialise import fan_in_std, initialise
+from genscale.models.normalisation import Norm
 from genscale.models.transformer import Transformer
 from genscale.recipe.model import TransformerModel
 
@@ -70,3 +72,50 @@ def test_centred_norms_start_at_zero_and_output_layers_may():
     assert not state["blocks.1.attention.output.weight"].any()
     assert not state["blocks.1.feed_forward.down.weight"].any()
     assert state["blocks.1.feed_forward.up.weight"].any()
+
+
+class Zero(nn.Module):
+    """A layer that begins at zero wherever it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def initial_std(self, name, size):
+        assert name in ("inner.weight", "inner.bias")  # names are told as the module itself knows them
+        return 0.0
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 80)
+        self.convolution = nn.Conv2d(16, 32, 3)
+        self.grouped = nn.Conv2d(16, 32, 3, groups=4)
+        self.norms = nn.ModuleList([nn.GroupNorm(2, 4), Norm(4), Norm(4, centred=True)])
+        self.zero = Zero()
+        self.encoder = Transformer(TransformerModel(layers=1, width=64, heads=2), 50)
+
+    def initial_std(self, name, size):
+        assert not name.startswith(("zero", "encoder", "norms"))
+        return fan_in_std(name, size)
+
+
+def test_the_nearest_module_that_has_a_rule_is_asked():
+    network = Network()
+    initialise(network, 0)
+    state = network.state_dict()
+    for name, fan_in in (("linear", 64), ("convolution", 16 * 9), ("grouped", 4 * 9)):
+        assert state[f"{name}.weight"].std().item() == pytest.approx(fan_in**-0.5, rel=0.05)
+        assert not state[f"{name}.bias"].any()
+    assert [state[f"norms.{place}.weight"].unique().tolist() for place in range(3)] == [[1], [1], [0]]
+    assert not state["zero.inner.weight"].any()
+    assert not state["zero.inner.bias"].any()
+    alone = Transformer(TransformerModel(layers=1, width=64, heads=2), 50)
+    initialise(alone, 0, prefix="model.encoder")
+    assert all(torch.equal(value, state[f"encoder.{name}"]) for name, value in alone.state_dict().items())
+
+
+def test_a_network_without_a_rule_is_told_so():
+    with pytest.raises(TypeError, match=r"Linear does not say how weight begins: it has no initial_std"):
+        initialise(nn.Linear(2, 2), 0)

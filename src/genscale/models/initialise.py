@@ -1,47 +1,64 @@
-"""Initial weights: each a pure function of the seed and the parameter's name."""
+"""Initial weights: each a pure function of the seed and the parameter's name.
+
+A network states its own rule, by one method:
+
+    def initial_std(self, name: str, size: torch.Size) -> float: ...
+
+It gives the standard deviation that the parameter ``name`` (as in ``self.named_parameters()``) is drawn with, normal
+around 0; 0 makes it zero. Any module may have the method: it speaks for all that is inside it, unless a module further
+in has one as well. So an encoder within a network begins as it would by itself, and a layer that must begin at zero
+says so once. :func:`fan_in_std` is the usual answer. Norms are nobody's business: they begin as the identity.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from genscale.models.layers import Norm
-from genscale.recipe.model import TransformerModel
 from genscale.runtime.randomness import generator
 
-BRANCH_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
-"""The last matrix of each residual branch."""
+
+@runtime_checkable
+class StatesItsRule(Protocol):
+    """A module that says how the parameters inside it begin."""
+
+    def initial_std(self, name: str, size: torch.Size) -> float: ...
 
 
 @torch.no_grad()
 def initialise(network: nn.Module, seed: int, prefix: str = "model") -> None:
-    """Give every parameter of ``network`` (which has a ``shape``) its initial value.
+    """Give every parameter of ``network`` its initial value.
 
     A value depends on the seed and the parameter's full name alone, and so neither on the other layers nor on the
     machine. ``prefix`` is the network's name in the objective.
     """
-    shape = network.shape
-    assert isinstance(shape, TransformerModel)
+    rules = {path: module for path, module in network.named_modules() if isinstance(module, StatesItsRule)}
     for path, module in network.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
-            if isinstance(module, Norm) or name.endswith("bias"):
-                one = isinstance(module, Norm) and not module.centred and name.endswith("weight")
-                parameter.fill_(1.0 if one else 0.0)
+            if isinstance(module, Norm | nn.GroupNorm):
+                centred = isinstance(module, Norm) and module.centred
+                parameter.fill_(0.0 if centred or name.endswith("bias") else 1.0)
+                continue
+            speaker = max((known for known in rules if _inside(name, known)), key=len, default=None)
+            if speaker is None:
+                raise TypeError(f"{type(network).__name__} does not say how {name} begins: it has no initial_std")
+            relative = name[len(speaker) + 1 :] if speaker else name
+            std = rules[speaker].initial_std(relative, parameter.shape)
+            if std:
+                draws = generator(seed, f"{prefix}.{name}")
+                parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=draws))
             else:
-                parameter.copy_(initial_matrix(shape, parameter.shape, seed, f"{prefix}.{name}"))
+                parameter.zero_()
 
 
-def initial_matrix(shape: TransformerModel, size: torch.Size, seed: int, name: str) -> Tensor:
-    """The initial value of the embedding or projection called ``name``, float32 on the CPU.
+def _inside(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
 
-    Normal with the recipe's ``initial_std``; the branches' outputs are divided by sqrt(2 x layers), so that the
-    residual stream's variance does not grow with depth (Radford et al. 2019, section 2.3), or start at zero.
-    """
-    std = shape.initial_std
-    if name.endswith(BRANCH_OUTPUTS):
-        if shape.zero_output_layers:
-            return torch.zeros(size)
-        std /= math.sqrt(2 * shape.layers)
-    return torch.empty(size).normal_(std=std, generator=generator(seed, name))
+
+def fan_in_std(name: str, size: torch.Size) -> float:
+    """0 for biases; for the weight of a linear layer or a convolution, what keeps its input's variance."""
+    return 0.0 if name.endswith("bias") else 1 / math.sqrt(math.prod(size[1:]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +22,9 @@ from genscale.models.layers import (
     in_compute_dtype,
 )
 from genscale.recipe.model import TransformerModel
+
+_BRANCH_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+"""The last matrix of each residual branch."""
 
 
 def norm_of(shape: TransformerModel) -> Norm:
@@ -132,6 +138,18 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(count)
         return self.norm(x)
+
+    def initial_std(self, name: str, size: torch.Size) -> float:
+        """How the parameter ``name`` begins: normal with this standard deviation around 0.
+
+        The branches' outputs are divided by sqrt(2 x layers), so that the residual stream's variance does not grow with
+        depth (Radford et al. 2019, section 2.3), or start at zero.
+        """
+        if name.endswith("bias"):
+            return 0.0
+        if not name.endswith(_BRANCH_OUTPUTS):
+            return self.shape.initial_std
+        return 0.0 if self.shape.zero_output_layers else self.shape.initial_std / math.sqrt(2 * self.shape.layers)
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of a layer, or None where attention reaches everywhere."""
