@@ -9,6 +9,8 @@ from torch import Tensor
 
 from genscale.objectives.objective import Objective
 
+SamplerName = Literal["auto", "euler", "heun", "ddim", "dpm_solver_2m", "ancestral"]
+
 
 @dataclass(frozen=True)
 class ImageRequest:
@@ -22,7 +24,7 @@ class ImageRequest:
     """(batch,) int64 classes, -1 for none; None: no image has one."""
     captions: Tensor | None = None
     """(batch, tokens) int64, all zeros for none; None: no image has one."""
-    sampler: Literal["auto", "euler", "heun", "ddim", "dpm_solver_2m", "ancestral"] = "auto"
+    sampler: SamplerName = "auto"
     steps: int = 20
     guidance: float = 1.0
     """1 is none, more pushes away from the model without its condition, or from the ``guide``."""
