@@ -19,12 +19,14 @@ from genscale.cli.groups import LazyCommand, LazyCommands
 from genscale.runtime.errors import UserError
 
 COMMANDS = {
-    "demo": LazyCommand("genscale.cli.demo", "demo", "The whole life-cycle on text that every machine has."),
+    "demo": LazyCommand("genscale.cli.demo", "demo", "The whole life-cycle on data that every machine has."),
     "recipe": LazyCommand("genscale.cli.recipe_commands", "recipe", "List, show and describe recipes."),
     "data": LazyCommand("genscale.cli.data_commands", "data", "Prepare stores of training data and report on them."),
     "train": LazyCommand("genscale.cli.train", "train", "Train as a recipe says, or go on with its run."),
-    "sample": LazyCommand("genscale.cli.sample", "sample", "Let a trained model write."),
+    "sample": LazyCommand("genscale.cli.sample", "sample", "Let a trained model write or draw."),
     "evaluate": LazyCommand("genscale.cli.evaluate", "evaluate", "Score a run on its held-out data."),
+    "average": LazyCommand("genscale.cli.average", "average", "Average a run's weights over any length."),
+    "export": LazyCommand("genscale.cli.export", "export", "Write a run in another library's format."),
     "report": LazyCommand("genscale.cli.report", "report", "Write a run's report, one page that needs no network."),
 }
 

@@ -2,88 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
-from genscale.data.store import Store
-from genscale.data.stream import Stream
-from genscale.evaluation.held_out import bits_per_byte, held_out
-from genscale.evaluation.kneser_ney import fit_baselines
 from genscale.runs.run import Run
-from genscale.runtime.device import pick_device
 from genscale.runtime.errors import UserError
-from genscale.training.precision import autocast
-from genscale.training.restore import load_objective
-
-BASELINE_TOKENS = 20_000_000
-"""Fitting n-grams to this many tokens takes about 2 GB of memory and 15 seconds."""
 
 
 def evaluate(
-    run: Run | str | Path,
-    checkpoint: str | int = "best",
-    *,
-    device: str = "auto",
-    baseline_tokens: int | None = BASELINE_TOKENS,
+    run: Run | str | Path, checkpoint: str | int = "best", *, device: str = "auto", **options: Any
 ) -> dict[str, Any]:
-    """Score a checkpoint and two n-gram baselines on every held-out token.
-
-    The scores are also recorded in the run's facts, for its report, unless the run is in use or cannot be written.
+    """Score a checkpoint of a run, as its data asks.
 
     Args:
         run: the run or its directory. Its data store is needed.
         checkpoint: ``best``, ``last``, or a step.
-        baseline_tokens: fit the baselines to at most this many training tokens; None for all.
+        options: of :func:`genscale.evaluation.text_evaluation.evaluate_text` (``baseline_tokens``, ``novelty``) or of
+            :func:`genscale.evaluation.image_evaluation.evaluate_images` (``count``, ``extractor``, ``seed``).
 
     Returns:
-        ``loss`` (mean nats per token; an upper bound for masked models) and the objective's other metrics;
-        ``perplexity``; ``bits_per_byte``; ``tokens``, how many are scored; ``precision`` of the network's products;
-        ``baselines``, nats per token on the same tokens by name (``"3-gram"``, or ``"3-gram of 20,000,000 tokens"``
-        where that is not all of the training split); ``recorded``, whether the scores are in the facts.
+        what these return.
 
     Raises:
-        UserError: no run, no store, no such checkpoint.
+        UserError: no run, store or checkpoint; an option of the other kind of data.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    place = pick_device(device)
-    objective = load_objective(run, checkpoint, place)
-    paths = run.facts.get("inputs", {}).get("stores") or [run.store]
-    stores = [Store.open(path) for path in paths]
-    decisions = run.facts.get("decisions", {})
-    precision = decisions.get("precision", "fp32")
-    scores: dict[str, Any] = held_out(
-        objective,
-        Stream(stores, None, "validation", run.recipe.model.context, run.recipe.seed),
-        seed=run.recipe.seed,
-        batch=decisions.get("micro_batch", 16),
-        device=place,
-        autocast=lambda: autocast(precision, place),
-    )
-    tokens = sum(store.tokens("validation") for store in stores)
-    scores["perplexity"] = math.exp(scores["loss"])
-    scores["bits_per_byte"] = bits_per_byte(scores["loss"], tokens, sum(store.bytes("validation") for store in stores))
-    scores["tokens"] = sum(max(0, store.tokens("validation") - 1) for store in stores)
-    scores["precision"] = precision
-    scores["baselines"] = _baselines(stores, baseline_tokens)
-    scores["recorded"] = _record(run, checkpoint, scores)
-    return scores
+    kind = run.recipe.data.kind
+    allowed = _OPTIONS[kind]
+    for name in options:
+        if name not in allowed:
+            raise UserError(f"{name}: not for a run that learned from {kind}; expected one of {', '.join(allowed)}")
+    if kind == "images":
+        from genscale.evaluation.image_evaluation import evaluate_images
+
+        return evaluate_images(run, checkpoint, device=device, **options)
+
+    from genscale.evaluation.text_evaluation import evaluate_text
+
+    return evaluate_text(run, checkpoint, device=device, **options)
 
 
-def _baselines(stores: list[Store], most: int | None) -> dict[str, float]:
-    available = sum(store.tokens("train") for store in stores)
-    suffix = "" if most is None or most >= available else f" of {most:,} tokens"
-    return {f"{order}-gram{suffix}": loss for order, loss in fit_baselines(stores, (3, 5), most).items()}
-
-
-def _record(run: Run, checkpoint: str | int, scores: dict[str, Any]) -> bool:
-    """Keep the scores with the run; False where another process holds it or it cannot be written."""
-    others = {name: value for name, value in scores.items() if name != "baselines"}
-    try:
-        with run.lock():
-            # Read anew, so that what another process recorded meanwhile is kept.
-            facts = Run.open(run.directory).facts
-            run.record(**facts | {"baselines": scores["baselines"], "held_out": {"checkpoint": checkpoint, **others}})
-    except UserError:
-        return False
-    return True
+_OPTIONS = {"text": ("baseline_tokens", "novelty"), "images": ("count", "extractor", "seed", "on_progress")}
