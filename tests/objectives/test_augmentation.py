@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy import ndimage, stats
 from torch.nn import functional as F
 
 from genscale.objectives import augmentation
 from genscale.objectives.augmentation import AUGMENTATION_WIDTH, PARAMETERS, augment
-from genscale.recipe.image_objective import Augmentation
+from genscale.recipe.image_objective import Augmentation, FlowObjective
 from genscale.runtime.errors import UserError
 from genscale.runtime.randomness import Rng
 
@@ -141,6 +142,11 @@ def test_grey_images_have_no_saturation_and_latents_no_colours():
     assert not column(parameters, "saturation").any()
     with pytest.raises(UserError, match=r"objective\.augmentation\.colour: latents of 4 channels have no colours"):
         augment(pictures(2, channels=4), rng(2), Augmentation(colour=0.5), 0.5)
+
+
+def test_a_probability_that_adapts_needs_a_discriminator():
+    with pytest.raises(ValidationError, match=r"augmentation\.target follows a discriminator"):
+        FlowObjective(augmentation=Augmentation(target=0.6))
 
 
 def test_noise_has_its_standard_deviation_and_differs_between_images():

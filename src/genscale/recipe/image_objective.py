@@ -50,6 +50,12 @@ class _Denoising(Part):
     learned_uncertainty: bool = False
     """Weigh each noise level by a learned scale of its loss (Karras et al. 2024, section 2.2)."""
 
+    @model_validator(mode="after")
+    def _steady(self) -> _Denoising:
+        if self.augmentation and self.augmentation.target is not None:
+            raise ValueError("augmentation.target follows a discriminator, and diffusion has none: leave it out")
+        return self
+
 
 class FlowObjective(_Denoising):
     """Flow matching along straight lines (Liu et al. 2023; Lipman et al. 2023): the network gives the velocity."""
