@@ -87,9 +87,9 @@ def main() -> None:
     for contender, figures in rounds.items():
         median = {key: statistics.median(each[key] for each in figures) for key in figures[0]}
         pairs = zip(figures, rounds.get("genscale", figures), strict=True)
-        ratio = statistics.median(mine["tokens_per_second"] / ours["tokens_per_second"] for mine, ours in pairs)
+        ratio = statistics.median(mine["per_second"] / ours["per_second"] for mine, ours in pairs)
         print(
-            f"| {contender} | {median['tokens_per_second']:,.0f} | {median['tokens_per_cpu_second']:,.0f} "
+            f"| {contender} | {median['per_second']:,.0f} | {median['per_cpu_second']:,.0f} "
             f"| {ratio:.2f} | {median['peak_memory_mb']:,.0f} | {median['start_to_first_step_s']:.1f} |"
         )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 
-from shapes import Figures, arguments
+from figures import Figures
+from shapes import arguments
 
 from genscale.recipe.load import recipe_from_mapping
 from genscale.training import loop
@@ -38,7 +39,7 @@ def main() -> None:
             "layout": {"precision": precision, "compile": compiled, "device": "cpu", "micro_batch": shape.batch},
         }
     )
-    figures = Figures(shape)
+    figures = Figures(shape.tokens)
     original = loop.train_step
 
     def watched(job, step):

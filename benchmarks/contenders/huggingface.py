@@ -8,7 +8,8 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from shapes import Figures, arguments, windows
+from figures import Figures
+from shapes import arguments, windows
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 
@@ -36,7 +37,7 @@ def main() -> None:
                 for row in torch.from_numpy(window):
                     yield {"input_ids": row[:-1], "labels": row[:-1]}
 
-    figures = Figures(shape)
+    figures = Figures(shape.tokens)
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **others):

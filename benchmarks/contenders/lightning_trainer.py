@@ -8,7 +8,8 @@ import warnings
 import lightning
 import nanogpt
 import torch
-from shapes import Figures, arguments, windows
+from figures import Figures
+from shapes import arguments, windows
 
 warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -35,7 +36,7 @@ def main() -> None:
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
 
-    figures = Figures(shape)
+    figures = Figures(shape.tokens)
 
     class Watch(lightning.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from shapes import Figures, Shape, arguments, windows
+from figures import Figures
+from shapes import Shape, arguments, windows
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,7 +63,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(model) if compiled else model
     context = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-    figures = Figures(shape)
+    figures = Figures(shape.tokens)
     for _, window in zip(range(steps), windows(folder, shape), strict=False):
         tokens = torch.from_numpy(window)
         with context:
