@@ -1,4 +1,4 @@
-"""Sampling from a run directory."""
+"""Sampling from a run directory: texts from a run that learned texts, images from one that learned images."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from genscale.data.tokenizer import Tokenizer
+from genscale.generation.image_run import sample_images
+from genscale.generation.settings import with_overrides
 from genscale.generation.text import Completion, generate
-from genscale.recipe.data import FileTokenizer
-from genscale.recipe.mistakes import one_line
-from genscale.recipe.training import Sampling
+from genscale.recipe.data import FileTokenizer, TextData
+from genscale.recipe.sampling import TextSampling
 from genscale.runs.run import Run
 from genscale.runtime.device import pick_device
 from genscale.runtime.errors import UserError
 from genscale.training.restore import load_objective
 
 
-def sample(
+def sample(run: Run | str | Path, prompts: Sequence[str] | None = None, **options: Any) -> Any:
+    """Draw from a run: a list of completions (:func:`sample_text`) or images (:func:`sample_images`), as it learned.
+
+    Raises:
+        UserError: no run, or what these functions raise.
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    if run.recipe.data.kind == "text":
+        return sample_text(run, prompts, **options)
+    if prompts is not None:
+        raise UserError(f"prompts: {run.directory} draws images, which have labels, or captions")
+    return sample_images(run, **options)
+
+
+def sample_text(
     run: Run | str | Path,
     prompts: Sequence[str] | None = None,
     *,
@@ -46,21 +59,15 @@ def sample(
         UserError: no run, no such checkpoint, an unknown or impossible sampling key, a prompt that cannot be encoded.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    settings = _settings(run.recipe.sampling, sampling)
+    data, recorded = run.recipe.data, run.recipe.sampling
+    if not isinstance(data, TextData) or not isinstance(recorded, TextSampling):
+        raise UserError(f"{run.directory} learned images and writes no text")
+    settings = with_overrides(recorded, sampling)
     if count < 1:
         raise UserError(f"count: expected at least 1, not {count}")
-    prompts = list(prompts if prompts is not None else run.recipe.sampling.prompts) or [""]
+    prompts = list(prompts if prompts is not None else settings.prompts) or [""]
     objective = load_objective(run, checkpoint, pick_device(device))
     suffixes = None if suffix is None else [suffix] * len(prompts)
-    written = run.recipe.data.tokenizer
+    written = data.tokenizer
     tokenizer = Tokenizer.load(run.tokenizer, written.end_of_document if isinstance(written, FileTokenizer) else None)
     return generate(objective, tokenizer, prompts, settings, count, seed, on_text=on_text, suffixes=suffixes)
-
-
-def _settings(recorded: Sampling, overrides: dict[str, Any]) -> Sampling:
-    """The run's sampling with other values for some keys."""
-    values = {**recorded.model_dump(), **overrides}
-    try:
-        return Sampling.model_validate(values)
-    except ValidationError as error:
-        raise UserError(one_line(error, Sampling, values, lambda key: "sampling")) from None

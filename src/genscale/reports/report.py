@@ -14,19 +14,30 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from genscale.data.store import Store
 from genscale.recipe.load import recipe_to_yaml
 from genscale.reports.charts import Chart, Drawing, charts, draw, number, spoken
+from genscale.reports.corpus import corpus
+from genscale.reports.evaluation import evaluation_table
+from genscale.reports.pictures import picture
 from genscale.runs.run import Run
-from genscale.runtime.errors import UserError
 from genscale.runtime.files import write_atomically
 from genscale.runtime.progress import duration
 
 _SAMPLES_PER_STEP = 8
 _SAMPLE_CHARACTERS = 2_000
 _EVENTS = 200
-_SOURCES = 30
-_SHOWN_APART = ("status", "stopped_early", "best", "created", "store", "inputs", "data", "baselines", "guard_memory")
+_SHOWN_APART = (
+    "status",
+    "stopped_early",
+    "best",
+    "created",
+    "store",
+    "inputs",
+    "data",
+    "baselines",
+    "image_evaluation",
+    "guard_memory",
+)
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,6 @@ class Headline:
     remark: str
     how: str
     """How it was computed: a footnote."""
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What the run was trained on, by source; the store may be gone, then only totals are known."""
-
-    rows: list[tuple[str, str]]
-    sources: list[dict[str, Any]]
-    more_sources: int
-    remark: str
 
 
 def write_report(run: Run) -> Path:
@@ -71,8 +72,9 @@ def write_report(run: Run) -> Path:
         headlines=headlines,
         drawings=_drawings(metrics, facts, best),
         baselines=facts.get("baselines") or {},
-        samples=_samples(run.samples()),
-        corpus=_corpus(run),
+        samples=_samples(run),
+        evaluation=evaluation_table(facts.get("image_evaluation") or {}),
+        corpus=corpus(run),
         events=[_event(event) for event in run.events()[-_EVENTS:]],
         checkpoints=_checkpoints(run),
         facts=list(_flat({name: value for name, value in facts.items() if name not in _SHOWN_APART})),
@@ -121,6 +123,7 @@ def _headlines(
     found: list[Headline] = []
     inputs = facts.get("inputs") or {}
     counts_tokens = bool(facts.get("tokens_per_sample"))
+    samples = "images" if inputs.get("images") else "samples"
     if best is not None:
         step, loss = best
         unit = ", nats per token" if counts_tokens else ""
@@ -142,8 +145,9 @@ def _headlines(
         if seen is not None:
             epoch = inputs.get("tokens", {}).get("train") if name == "tokens" else facts.get("samples_per_epoch")
             remark = f"{seen / epoch:.2f} epochs" if epoch else ""
+            kind = samples if name == "samples" else name
             found.append(
-                Headline(f"{name.capitalize()} seen", _short(seen), remark, f"{seen:,} {name} were trained on")
+                Headline(f"{kind.capitalize()} seen", _short(seen), remark, f"{seen:,} {kind} were trained on")
             )
             break
     if facts.get("parameters"):
@@ -156,9 +160,9 @@ def _headlines(
     for name in ("tokens_per_second", "samples_per_second"):
         rates = [line[name] for line in metrics if line.get(name)]
         if rates:
-            kind = name.split("_")[0].capitalize()
+            kind = samples if name == "samples_per_second" else "tokens"
             how = "the median of the lines of metrics.jsonl, without the time for validation and checkpoints"
-            found.append(Headline(f"{kind} per second", f"{median(rates):,.0f}", "median", how))
+            found.append(Headline(f"{kind.capitalize()} per second", f"{median(rates):,.0f}", "median", how))
             break
     return found + _utilisation(metrics, facts)
 
@@ -211,14 +215,15 @@ def _annotated(chart: Chart, facts: Mapping[str, Any], best: tuple[int, float] |
     return replace(chart, levels=facts.get("baselines") or {}, mark=mark)
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _samples(run: Run) -> list[dict[str, Any]]:
     """The samples of the first, the middle and the last step that has any, so that one sees them grow better."""
+    samples = run.samples()
     steps = sorted({sample["step"] for sample in samples})
     chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     return [
         {
             "step": step,
-            "shown": [_sample(each) for each in here[:_SAMPLES_PER_STEP]],
+            "shown": [_sample(run, each) for each in here[:_SAMPLES_PER_STEP]],
             "more": len(here[_SAMPLES_PER_STEP:]),
         }
         for step in chosen
@@ -226,60 +231,16 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(run: Run, sample: Mapping[str, Any]) -> dict[str, Any]:
+    shown = picture(run.directory, str(sample["image"])) if "image" in sample else None
+    apart = {"step", "prompt", "text", *(["image"] if shown else [])}
     text = str(sample.get("text", ""))
     return {
         "prompt": str(sample.get("prompt", "")),
         "text": text[:_SAMPLE_CHARACTERS] + ("…" if len(text) > _SAMPLE_CHARACTERS else ""),
-        "rest": [(spoken(name), str(sample[name])) for name in sample if name not in ("step", "prompt", "text")],
+        "picture": shown,
+        "rest": [(spoken(name), str(sample[name])) for name in sample if name not in apart],
     }
-
-
-def _corpus(run: Run) -> Corpus:
-    inputs = run.facts.get("inputs") or {}
-    stores = inputs.get("stores") or [str(run.store)]
-    rows = [("Fingerprint", run.data_fingerprint), *(("Store", path) for path in stores)]
-    for name in ("tokens", "bytes"):
-        counts = inputs.get(name) or {}
-        if counts:
-            rows.append((name.capitalize(), ", ".join(f"{count:,} {split}" for split, count in counts.items())))
-    try:
-        opened = [Store.open(path) for path in stores]
-        sources = _sources(opened)
-    except (UserError, OSError, ValueError) as error:  # the page must not depend on a store that was moved since
-        return Corpus(rows, [], 0, f"By source it is not known: {error}")
-    documents = {"train": 0, "validation": 0}
-    for source in sources:
-        for split in documents:
-            documents[split] += source[split]
-    rows.append(("Documents", ", ".join(f"{count:,} {split}" for split, count in documents.items())))
-    first = opened[0].manifest
-    tokenizer = f"{first['vocabulary']:,} tokens, fingerprint {opened[0].tokenizer.fingerprint}"
-    rows.append(("Tokenizer", f"{run.recipe.data.tokenizer.kind}, {tokenizer}"))
-    sources.sort(key=lambda source: -source["tokens"])
-    return Corpus(rows, sources[:_SOURCES], len(sources[_SOURCES:]), "")
-
-
-def _sources(stores: Iterable[Store]) -> list[dict[str, Any]]:
-    """Documents by split, bytes and tokens for each source and licence."""
-    import pyarrow.parquet as pq
-
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for store in stores:
-        # Not the hashes and the paths: a corpus may have 10^8 documents.
-        columns = ["source", "licence", "split", "size", "tokens"]
-        table = pq.read_table(store.path / "documents.parquet", columns=columns)
-        groups = table.group_by(["source", "licence", "split"]).aggregate(
-            [("size", "sum"), ("tokens", "sum"), ("tokens", "count")]
-        )
-        for row in groups.to_pylist():
-            key = (row["source"], row["licence"] or "not recorded")
-            empty = {"source": key[0], "licence": key[1], "train": 0, "validation": 0, "bytes": 0, "tokens": 0}
-            source = found.setdefault(key, empty)
-            source[row["split"]] += row["tokens_count"]
-            source["bytes"] += row["size_sum"]
-            source["tokens"] += row["tokens_sum"]
-    return list(found.values())
 
 
 def _event(event: Mapping[str, Any]) -> dict[str, str]:
