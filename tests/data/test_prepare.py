@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from genscale.data import prepare as module
+from genscale.data import preparation, units, work
 from genscale.data import store as store_module
-from genscale.data import units, work
+from genscale.data import text_prepare as module
 from genscale.data.prepare import prepare
 from genscale.data.sources import list_files
 from genscale.data.store import Store
@@ -42,10 +42,10 @@ SOURCES = sorted(LIBRARY.glob("[a-c]*.py"))
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many small units, so that a small corpus is worth several workers."""
     for module_name, name, value in (
-        ("prepare", "UNIT", 100_000),
+        ("text_prepare", "UNIT", 100_000),
         ("units", "UNIT", 100_000),
         ("units", "LONG", 600_000),
-        ("prepare", "_SMALL", 0),
+        ("preparation", "_SMALL", 0),
     ):
         monkeypatch.setattr(f"genscale.data.{module_name}.{name}", value)
 
@@ -71,7 +71,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(folder: Path, *sources: str | dict[str, Any], **data: Any) -> Recipe:
     values = {"tokenizer": {"kind": "bpe", "vocabulary": 600}, "split": {"validation": 0.2}, **data}
-    return Recipe.model_validate({"data": {"sources": sources, "store": str(folder / "store"), **values}})
+    return Recipe.model_validate(
+        {"data": {"kind": "text", "sources": sources, "store": str(folder / "store"), **values}}
+    )
 
 
 def documents(store: Store) -> Iterator[tuple[dict[str, Any], list[int]]]:
@@ -259,7 +261,7 @@ def test_one_or_two_workers_or_none_make_the_same_store(tmp_path: Path, corpus: 
         store = prepare(corpus_recipe(tmp_path / name, corpus), workers=count)
         found[name] = (store.fingerprint, store.manifest["files"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SMALL", 1 << 40)
+        patch.setattr(preparation, "_SMALL", 1 << 40)
         store = prepare(corpus_recipe(tmp_path / "none", corpus))
         found["none"] = (store.fingerprint, store.manifest["files"])
     assert found["one"] == found["two"] == found["none"]
@@ -275,15 +277,16 @@ def test_the_size_of_units_does_not_show(tmp_path: Path, corpus: Path, monkeypat
 
 KILLED = """
     import os, signal, sys
-    from genscale.data import prepare as module, units
+    from genscale.data import preparation, text_prepare, units
+    from genscale.data.prepare import prepare
     from genscale.recipe.schema import Recipe
-    units.UNIT = module.UNIT = 100_000
-    units.LONG, module._SMALL = 600_000, 0
+    units.UNIT = text_prepare.UNIT = 100_000
+    units.LONG, preparation._SMALL = 600_000, 0
     stage, share = sys.argv[2], float(sys.argv[3])
     def progress(name, done, total, unit):
         if name == stage and done >= share * (total or 1):
             os.killpg(0, signal.SIGKILL)
-    module.prepare(Recipe.model_validate_json(sys.argv[1]), workers=2, on_progress=progress)
+    prepare(Recipe.model_validate_json(sys.argv[1]), workers=2, on_progress=progress)
     raise SystemExit("was not killed")
 """
 
@@ -323,12 +326,12 @@ def test_a_killed_preparation_goes_on_and_ends_the_same(
     again: list[int] = []
     encode = work.encode
 
-    def counting(job: units.Job, *arguments: Any) -> Any:
+    def counting(job: work.Job, *arguments: Any) -> Any:
         again.append(job.unit.number)
         return encode(job, *arguments)
 
     monkeypatch.setattr(work, "encode", counting)
-    monkeypatch.setattr(module, "_SMALL", 1 << 40)  # in this process, to be counted
+    monkeypatch.setattr(preparation, "_SMALL", 1 << 40)  # in this process, to be counted
     store = prepare(made)
     assert again == [int(done[0])]
     assert (store.fingerprint, store.manifest["files"]) == (whole.fingerprint, whole.manifest["files"])
@@ -365,6 +368,19 @@ def test_a_finished_store_is_returned_at_once(tmp_path: Path, corpus: Path, monk
 
     monkeypatch.setattr(module, "plan", refuse)
     assert prepare(made).manifest == first.manifest
+
+
+def test_a_store_from_before_a_key_existed_is_one_with_its_default(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}")
+    made = recipe(tmp_path, f"{tmp_path}/*.txt", tokenizer={"kind": "bpe", "vocabulary": 260})
+    first = prepare(made)
+    manifest = json.loads((first.path / "manifest.json").read_text())
+    del manifest["inputs"]["data"]["tokenizer"]["dropout"]
+    (first.path / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(made).fingerprint == first.fingerprint
+    dropped = recipe(tmp_path, f"{tmp_path}/*.txt", tokenizer={"kind": "bpe", "vocabulary": 260, "dropout": 0.1})
+    assert "data.tokenizer.dropout was 0.0, is 0.1" in refusal(dropped)
 
 
 def test_a_finished_store_outlives_its_sources(tmp_path: Path) -> None:
@@ -457,7 +473,7 @@ def test_a_folder_that_is_no_store(tmp_path: Path) -> None:
 def test_two_processes_at_one_store(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 100)
     made = recipe(tmp_path, str(tmp_path / "a.txt"), split={"by": "tail"}, tokenizer={"kind": "characters"})
-    with module._lock(tmp_path / "store"):
+    with preparation.locked(tmp_path / "store"):
         assert refusal(made) == (
             f"another process (pid {os.getpid()}) is preparing the store {tmp_path}/store; wait until it has finished"
         )
@@ -605,7 +621,7 @@ def test_a_worker_that_is_killed_is_told(tmp_path: Path, corpus: Path, small_uni
 
 def test_a_fault_of_ours_in_a_worker_keeps_its_traceback(tmp_path: Path, corpus: Path) -> None:
     (file,) = list_files([Source(path=str(corpus / "b.jsonl"))])
-    job = units.Job("encode", units.Unit(0, (units.Piece(file),), 0, 0), recipe(tmp_path).data, tmp_path)
+    job = work.Job("encode", units.Unit(0, (units.Piece(file),), 0, 0), recipe(tmp_path).data, tmp_path)
     with pytest.raises(AssertionError):
         Workers(0).run([job], lambda unit, done: None)
     with (

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from genscale.data.bpe_dropout import BPEDropout
 from genscale.data.documents import Document
 from genscale.data.formats import Report
 from genscale.data.sources import SourceFile
@@ -28,11 +29,37 @@ def utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-class UnitWriter:
-    """Gathers texts, tokenises many at once, and writes tokens and rows of the documents table."""
+class _Text(NamedTuple):
+    """A text that waits to be tokenised."""
 
-    def __init__(self, tokenizer: Tokenizer, files: dict[str, Any], table: pa.RecordBatchWriter):
+    content: str
+    first_character: int
+    """Where in its document it begins."""
+    ends: bool
+    """Whether its document has no more of this split."""
+    row: int
+    """Of the documents table, as an index into those not yet written."""
+
+
+class UnitWriter:
+    """Gathers texts, tokenises many at once, and writes tokens and rows of the documents table.
+
+    Args:
+        tokenizer: of all splits.
+        files: of the tokens, by split.
+        table: of the documents.
+        dropout: encodes the training split in the tokenizer's place.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        files: dict[str, Any],
+        table: pa.RecordBatchWriter,
+        dropout: BPEDropout | None = None,
+    ):
         self._tokenizer = tokenizer
+        self._dropout = dropout
         self._files = files
         self._table = table
         self._dtype = token_dtype(tokenizer.size)
@@ -44,7 +71,7 @@ class UnitWriter:
         self._reports: list[Report] = []  # of each row
         self._documents = 0
         self._written = dict.fromkeys(SPLITS, 0)
-        self._waiting: dict[str, list[tuple[str, bool, int]]] = {split: [] for split in SPLITS}
+        self._waiting: dict[str, list[_Text]] = {split: [] for split in SPLITS}
         self._characters = 0
 
     def begin(self, document: Document, file: SourceFile, report: Report) -> None:
@@ -59,7 +86,15 @@ class UnitWriter:
         self._report = report
         self._documents += 1
 
-    def add(self, split: str, text: str, ends: bool) -> None:
+    def add(self, split: str, text: str, first_character: int, ends: bool) -> None:
+        """The next text of the document, and of this split.
+
+        Args:
+            split: that it is in.
+            text: what to write.
+            first_character: where in the document it begins.
+            ends: whether the document has no more of this split.
+        """
         if split not in self._open:
             self._open[split] = len(self._rows)
             self._rows.append({**self._base, "split": split, "size": 0, "tokens": 0, "start": None})
@@ -69,7 +104,7 @@ class UnitWriter:
         self._rows[row]["size"] += size
         self._report.count(split, "bytes", size)
         self._report.count(split, "documents", int(ends))
-        self._waiting[split].append((text, ends, row))
+        self._waiting[split].append(_Text(text, first_character, ends, row))
         self._characters += len(text)
         if self._characters >= _BATCH:
             self._tokenise()
@@ -93,38 +128,45 @@ class UnitWriter:
         for split, waiting in self._waiting.items():
             if not waiting:
                 continue
-            texts = [text for text, _, _ in waiting]
-            if not self._checked:
-                self._tokenizer.check([texts[0][:10_000]])
-                self._checked = True
-            try:
-                tokens, offsets = self._tokenizer.encode_flat(texts)
-            except UserError as error:
-                raise UserError(f"{self._faulty(waiting)}: {error}") from None
-            ends = np.array([ends for _, ends, _ in waiting]) & (end is not None)
+            tokens, offsets = self._encoded(split, waiting)
+            ends = np.array([text.ends for text in waiting]) & (end is not None)
             counts = np.diff(offsets) + ends
             if end is not None:
                 tokens = np.insert(tokens, offsets[1:][ends], end)
             self._files[split].write(np.ascontiguousarray(tokens, self._dtype).data)
             written = self._written[split]
-            for (_, _, number), count in zip(waiting, counts.tolist(), strict=True):
-                row = self._rows[number]
+            for text, count in zip(waiting, counts.tolist(), strict=True):
+                row = self._rows[text.row]
                 if row["start"] is None:
                     row["start"] = written
                 row["tokens"] += count
                 written += count
-                self._reports[number].count(split, "tokens", count)
+                self._reports[text.row].count(split, "tokens", count)
             self._written[split] = written
             waiting.clear()
         self._characters = 0
 
-    def _faulty(self, waiting: list[tuple[str, bool, int]]) -> str:
+    def _encoded(self, split: str, waiting: list[_Text]) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of all texts, and where those of each begin."""
+        texts = [text.content for text in waiting]
+        if not self._checked:
+            self._tokenizer.check([texts[0][:10_000]])
+            self._checked = True
+        if self._dropout is not None and split == "train":
+            places = [(self._rows[text.row]["hash"], text.first_character) for text in waiting]
+            return self._dropout.encode_flat(texts, places)
+        try:
+            return self._tokenizer.encode_flat(texts)
+        except UserError as error:
+            raise UserError(f"{self._faulty(waiting)}: {error}") from None
+
+    def _faulty(self, waiting: list[_Text]) -> str:
         """The file of the first text that cannot be encoded."""
-        for text, _, number in waiting:
+        for text in waiting:
             try:
-                self._tokenizer.encode(text)
+                self._tokenizer.encode(text.content)
             except UserError:
-                return self._rows[number]["path"]
+                return self._rows[text.row]["path"]
         return "a document"
 
 

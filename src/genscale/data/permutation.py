@@ -14,6 +14,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from genscale.runtime import randomness
+
 _ROUNDS = 10
 _SMALL = 256  # below this size few rounds favour some orders over others (measured over all orders of 5 and of 6)
 _SMALL_ROUNDS = 24
@@ -75,3 +77,11 @@ def _add_hash(
     half += bits
     np.subtract(half, limit, out=bits)
     np.minimum(half, bits, out=half)  # below the limit the difference wraps around to a huge number
+
+
+def evenly_spread(total: int, limit: int | None) -> NDArray[np.int64]:
+    """All numbers below ``total`` in order, or ``limit`` of them: a random one of each equal part, always the same."""
+    if limit is None or limit >= total:
+        return np.arange(total)
+    edges = np.arange(limit + 1) * total // limit
+    return edges[:-1] + np.array([randomness.key("sweep", part) for part in range(limit)]) % np.diff(edges)

@@ -32,8 +32,8 @@ _FORMATS = {
 }
 
 
-@dataclass(frozen=True)
-class SourceFile:
+@dataclass(frozen=True, slots=True)
+class File:
     """One file of a source, or one split of a Hugging Face dataset."""
 
     source: int
@@ -51,11 +51,8 @@ class SourceFile:
     ranges: bool
     """Whether it can be read from any place."""
     format: str
-    """``text``, ``jsonl``, ``csv``, ``parquet`` or ``hf``."""
+    """Which reader reads it; ``hf`` for a dataset."""
     compression: str | None
-    text: str
-    """Column or key that holds the text."""
-    split: str
     licence: str | None
 
     @property
@@ -69,6 +66,15 @@ class SourceFile:
         except Exception as error:  # each file system raises its own kinds
             raise UserError(f"data.sources[{self.source}]: cannot read {self.url}: {remote.reason(error)}") from None
         return compressed.reader(raw, self.compression) if self.compression else raw
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile(File):
+    """A file of documents: its format is ``text``, ``jsonl``, ``csv``, ``parquet`` or ``hf``."""
+
+    text: str
+    """Column or key that holds the text."""
+    split: str
 
 
 def list_files(sources: Sequence[Source]) -> list[SourceFile]:
@@ -88,17 +94,12 @@ def _list_source(number: int, source: Source) -> list[SourceFile]:
     if source.path.startswith(HUGGING_FACE):
         return [_dataset(number, source)]
     if source.path == STANDARD_LIBRARY:
-        entries = _standard_library()
+        found = _standard_library()
         licence = licence or "PSF-2.0"
-    elif "://" in source.path:
-        entries = _list_remote(where, source.path)
     else:
-        entries = _list_local(where, source.path)
-    exclude = [_glob_expression(pattern) for pattern in source.exclude]
+        found = find_entries(where, source.path)
     files = []
-    for entry in sorted(entries):
-        if any(expression.fullmatch(entry.path) for expression in exclude):
-            continue
+    for entry in chosen_entries(where, source.path, sorted(found), source.exclude):
         stem, compression = compressed.split_ending(entry.path)
         format = source.format
         if format == "auto":
@@ -115,14 +116,11 @@ def _list_source(number: int, source: Source) -> list[SourceFile]:
                 licence=licence,
             )
         )
-    if not files:
-        left = ", all of them excluded by its 'exclude'" if entries and exclude else ""
-        raise UserError(f"{where}: '{source.path}' matches no file{left}")
     return files
 
 
 class Entry(NamedTuple):
-    """A file as it is found; see :class:`SourceFile`."""
+    """A file as it is found; see :class:`File`."""
 
     path: str
     url: str
@@ -131,7 +129,26 @@ class Entry(NamedTuple):
     ranges: bool = True
 
 
-def _local_entry(file: Path, root: Path) -> Entry:
+def find_entries(where: str, path: str) -> list[Entry]:
+    """The files that a path, a glob or a URL names, in no order.
+
+    Raises:
+        UserError: there is nothing of that name, or it cannot be reached; ``where`` is the recipe's key.
+    """
+    return _list_remote(where, path) if "://" in path else _list_local(where, path)
+
+
+def chosen_entries(where: str, path: str, entries: Sequence[Entry], exclude: Sequence[str]) -> list[Entry]:
+    """The entries that no glob of ``exclude`` matches; raises UserError where none is left."""
+    expressions = [_glob_expression(pattern) for pattern in exclude]
+    chosen = [entry for entry in entries if not any(expression.fullmatch(entry.path) for expression in expressions)]
+    if not chosen:
+        left = ", all of them excluded by its 'exclude'" if entries and exclude else ""
+        raise UserError(f"{where}: '{path}' matches no file{left}")
+    return chosen
+
+
+def local_entry(file: Path, root: Path) -> Entry:
     status = file.stat()
     return Entry(file.relative_to(root).as_posix(), str(file), status.st_size, str(status.st_mtime_ns))
 
@@ -139,15 +156,15 @@ def _local_entry(file: Path, root: Path) -> Entry:
 def _list_local(where: str, path: str) -> list[Entry]:
     place = Path(path).expanduser()
     if place.is_dir():
-        return [_local_entry(file, place) for file in _walk(place)]
+        return [local_entry(file, place) for file in _walk(place)]
     if place.exists():
-        return [_local_entry(place, place.parent)]
+        return [local_entry(place, place.parent)]
     if glob.has_magic(path):
         parts = place.parts
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         root = Path(*parts[:fixed])
         matches = (root / match for match in glob.glob(str(Path(*parts[fixed:])), root_dir=root, recursive=True))
-        return [_local_entry(match, root) for match in matches if match.is_file()]
+        return [local_entry(match, root) for match in matches if match.is_file()]
     siblings = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
     raise UserError(f"{where}: there is no file or folder '{path}'{nearest(place.name, siblings)}")
 
@@ -185,7 +202,7 @@ def _standard_library() -> list[Entry]:
     """Python's own sources, without installed packages and the generated tables of ``encodings``."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = _walk(root, skipped={"site-packages", "dist-packages", "encodings", "__pycache__"})
-    return [_local_entry(file, root) for file in files if file.suffix == ".py"]
+    return [local_entry(file, root) for file in files if file.suffix == ".py"]
 
 
 def _dataset(number: int, source: Source) -> SourceFile:

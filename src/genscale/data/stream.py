@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genscale.data.batch import TextBatch
 from genscale.data.mixture import Mixture
-from genscale.data.permutation import permute
+from genscale.data.permutation import evenly_spread, permute
 from genscale.data.store import Store
 from genscale.data.windows import Places, WindowReader
 from genscale.runtime.errors import UserError
@@ -94,11 +94,7 @@ class Stream:
         window of a store may be partial: it is padded, the padding is a document of its own, and ``valid`` masks it.
         """
         counts = np.array([part.in_sweep for part in self._splits])
-        total = int(counts.sum())
-        numbers = np.arange(total)
-        if limit is not None and limit < total:
-            edges = np.arange(limit + 1) * total // limit
-            numbers = edges[:-1] + np.array([key("sweep", part) for part in range(limit)]) % np.diff(edges)
+        numbers = evenly_spread(int(counts.sum()), limit)
         first = np.cumsum(counts) - counts  # (stores,) number of each one's first window
         for chunk in np.split(numbers, range(batch, len(numbers), batch)):
             stores = np.searchsorted(first, chunk, side="right") - 1

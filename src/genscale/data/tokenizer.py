@@ -250,21 +250,26 @@ def character_tokenizer(characters: Iterable[str], end_of_document: bool = True)
     return Tokenizer(_tokenizer_json(added, splitter, {"type": "Fuse"}, model))
 
 
-def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocabulary: int, at_most: bool = False) -> Tokenizer:
     """Train byte-level BPE: 256 bytes, ``vocabulary`` - 257 merges, and the end-of-document token, in this order.
 
     The result depends on the texts alone, not on their order or on the number of threads. Memory grows with the
     number of different words, not with the length of the text.
 
+    Args:
+        texts: to learn from.
+        vocabulary: number of tokens.
+        at_most: be content with fewer tokens where the texts hold too few pairs for that many merges.
+
     Raises:
-        UserError: the texts hold too few pairs for that many merges.
+        UserError: the texts hold too few pairs, and ``at_most`` is not set.
     """
     import rustbpe
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocabulary - 1, buffer_size=64, pattern=PATTERN)
     ranks = {bytes(content): rank for content, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) < vocabulary - 1:
+    if len(ranks) < vocabulary - 1 and not at_most:
         raise UserError(
             f"data.tokenizer.vocabulary: {vocabulary} tokens need {vocabulary - 257} merges, but the training text has "
             f"only {len(ranks) - 256}; expected at most {len(ranks) + 1}, or more text"

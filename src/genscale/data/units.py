@@ -6,9 +6,8 @@ an earlier attempt was interrupted, never show in the store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from genscale.data.documents import LongText
 from genscale.data.formats import LONG, Intake, Piece, Report, open_parquet
@@ -21,9 +20,6 @@ UNIT = 1 << 24
 _FILES = 10_000  # in a unit at most, however small they are
 _EXPANSION = 4  # a guess of what a compressed byte becomes
 
-Tick = Callable[[int], None]
-"""Told of each bite of work done, in bytes."""
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -33,23 +29,6 @@ class Unit:
     """Bytes of the sources, for progress."""
     group: int
     """Number of the first unit that has a part of the same document; its own, but for ranges of a long text."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A task for a worker: ``measure``, ``survey`` or ``encode`` a unit."""
-
-    task: str
-    unit: Unit
-    data: TextData
-    folder: Path
-    """Where the outputs of this task are: ``<folder>/<unit number>``."""
-    tokenizer: Path | None = None
-    end_of_document: str | None = None
-    range_size: int = UNIT
-    """Least bytes in a range of a long text, for ``measure``."""
-    sampled: float = 0.0
-    """The fraction of the training text that the survey keeps for training the tokenizer."""
 
 
 def needs_measure(file: SourceFile) -> bool:

@@ -1,63 +1,64 @@
-"""The work on a unit: measure, survey or encode it. Outputs are written aside and renamed when they are whole."""
+"""The work on a unit of text: measure, survey or encode it."""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from genscale.data.bpe_dropout import BPEDropout
 from genscale.data.documents import Document, fraction_of, measure
 from genscale.data.encoding import UnitWriter, utf8_length
 from genscale.data.formats import Intake, Report, read
 from genscale.data.store import documents_schema
 from genscale.data.tokenizer import Tokenizer
-from genscale.data.units import Job, Tick
+from genscale.data.unit_output import write_unit
+from genscale.data.units import UNIT, Unit
+from genscale.data.workers import Tick
 from genscale.recipe.data import TextData
-from genscale.runtime.files import checksum, sync_folder, write_atomically
 
 _BATCH = 1 << 22  # characters that are written at once
 
 
-def perform(job: Job, tick: Tick) -> Any:
-    """Do the job, unless its finished output is there. Returns what :func:`measure` or the unit's summary says."""
-    if job.task == "measure":
-        (piece,) = job.unit.pieces
-        with piece.file.open() as stream:
-            return measure(stream, job.range_size, tick)
-    finished = job.folder / f"{job.unit.number:06d}"
-    summary = _finished(finished)
-    if summary is not None:
-        return summary
-    aside = job.folder / f".{job.unit.number:06d}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        summary = survey(job, aside, tick) if job.task == "survey" else encode(job, aside, tick)
-        summary["files"] = {file.name: checksum(file) for file in sorted(aside.iterdir())}
-        write_atomically(aside / "summary.json", json.dumps(summary))
-        sync_folder(aside)
-        if finished.exists():  # damaged, or finished meanwhile by an orphan of an earlier attempt
-            shutil.rmtree(finished)
-        os.rename(aside, finished)
-        sync_folder(job.folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return summary
+@dataclass(frozen=True)
+class Job:
+    """A task for a worker: ``measure``, ``survey`` or ``encode`` a unit."""
 
+    task: str
+    unit: Unit
+    data: TextData
+    folder: Path
+    """Where the outputs of this task are: ``<folder>/<unit number>``."""
+    tokenizer: Path | None = None
+    end_of_document: str | None = None
+    range_size: int = UNIT
+    """Least bytes in a range of a long text, for ``measure``."""
+    sampled: float = 0.0
+    """The fraction of the training text that the survey keeps for training the tokenizer."""
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The summary of a unit whose output is there and whole."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        whole = all(checksum(folder / name) == expected for name, expected in summary["files"].items())
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
-    return summary if whole else None
+    @property
+    def number(self) -> int:
+        return self.unit.number
+
+    @property
+    def size(self) -> int:
+        return self.unit.size
+
+    @property
+    def place(self) -> str:
+        return self.unit.pieces[0].file.url
+
+    def perform(self, tick: Tick) -> Any:
+        """Do the job, unless its finished output is there. Returns what :func:`measure` or the unit's summary says."""
+        if self.task == "measure":
+            (piece,) = self.unit.pieces
+            with piece.file.open() as stream:
+                return measure(stream, self.range_size, tick)
+        task = survey if self.task == "survey" else encode
+        return write_unit(self.folder, self.unit.number, lambda folder: task(self, folder, tick))
 
 
 def parts(document: Document, data: TextData) -> list[tuple[str, int, int]]:
@@ -70,8 +71,8 @@ def parts(document: Document, data: TextData) -> list[tuple[str, int, int]]:
     return [("validation" if held_out else "train", 0, document.characters)]
 
 
-def _pieces_of(document: Document, data: TextData) -> Iterator[tuple[str, str, bool]]:
-    """The document's text block by block: (split, text, whether the part of the split ends with it)."""
+def _pieces_of(document: Document, data: TextData) -> Iterator[tuple[str, str, int, bool]]:
+    """The document's text block by block: (split, text, its first character, whether that part of the split ends)."""
     layout = parts(document, data)
     position = document.first_character
     for block in document.blocks():
@@ -80,7 +81,7 @@ def _pieces_of(document: Document, data: TextData) -> Iterator[tuple[str, str, b
             if start < stop:
                 whole = start == position and stop == position + len(block)
                 text = block if whole else block[start - position : stop - position]
-                yield split, text, stop == beyond
+                yield split, text, start, stop == beyond
         position += len(block)
 
 
@@ -118,7 +119,7 @@ def survey(job: Job, folder: Path, tick: Tick) -> dict[str, Any]:
         for piece in job.unit.pieces:
             intake = intakes[piece.file.source]
             for document in read(piece, intake):
-                for number, (split, text, ends) in enumerate(_pieces_of(document, data)):
+                for number, (split, text, _, ends) in enumerate(_pieces_of(document, data)):
                     if ends:
                         intake.report.count(split, "documents", 1)
                     if data.tokenizer.kind == "characters":
@@ -141,6 +142,8 @@ def encode(job: Job, folder: Path, tick: Tick) -> dict[str, Any]:
 
     assert job.tokenizer is not None
     tokenizer = _tokenizer(job.tokenizer.read_text(encoding="utf-8"), job.end_of_document)
+    wanted = job.data.tokenizer
+    dropout = BPEDropout(tokenizer, wanted.dropout, job.data.seed) if wanted.kind == "bpe" and wanted.dropout else None
     intakes = _intakes(job)
     with (
         open(folder / "train.tokens", "wb") as train,
@@ -148,13 +151,13 @@ def encode(job: Job, folder: Path, tick: Tick) -> dict[str, Any]:
         pa.OSFile(str(folder / "documents.arrow"), "wb") as file,
         pa.ipc.new_file(file, documents_schema()) as table,
     ):
-        writer = UnitWriter(tokenizer, {"train": train, "validation": validation}, table)
+        writer = UnitWriter(tokenizer, {"train": train, "validation": validation}, table, dropout)
         for piece in job.unit.pieces:
             intake = intakes[piece.file.source]
             for document in read(piece, intake):
                 writer.begin(document, piece.file, intake.report)
-                for split, text, ends in _pieces_of(document, job.data):
-                    writer.add(split, text, ends)
+                for split, text, first_character, ends in _pieces_of(document, job.data):
+                    writer.add(split, text, first_character, ends)
                     tick(utf8_length(text))
                 writer.end()
         writer.flush()

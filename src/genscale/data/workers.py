@@ -17,14 +17,38 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-from genscale.data.units import Job
-from genscale.data.work import perform
 from genscale.runtime.errors import UserError
 
 _ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 _TICK = 1 << 22  # bytes of work between two reports of progress
+
+
+Tick = Callable[[int], None]
+"""Told of each bite of work done, in bytes."""
+
+
+class Job(Protocol):
+    """A work unit with what is to be done to it; may be sent to another process."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def size(self) -> int:
+        """Bytes of the sources, for progress."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its output goes."""
+
+    @property
+    def place(self) -> str:
+        """The first file that it reads."""
+
+    def perform(self, tick: Tick) -> Any:
+        """Do it."""
 
 
 Message = tuple[str, Job, Any]
@@ -68,21 +92,21 @@ class Workers:
         results = {}
         for kind, job, content in self._messages(jobs) if self.count else _perform_here(jobs):
             if kind == "tick":
-                tick(job.unit.number, content)
+                tick(job.number, content)
             elif kind == "done":
-                results[job.unit.number] = content
-                tick(job.unit.number, job.unit.size)
+                results[job.number] = content
+                tick(job.number, job.size)
             elif kind == "user error":
                 raise UserError(content)
             elif kind == "disk full":
                 raise disk_full(job.folder)
             elif kind == "killed":
                 raise UserError(
-                    f"a worker process ended ({content}) while it read {job.unit.pieces[0].file.url}; if memory ran "
+                    f"a worker process ended ({content}) while it read {job.place}; if memory ran "
                     "out, use fewer workers; the same command goes on from here"
                 )
             else:
-                raise RuntimeError(f"a worker failed on {job.unit.pieces[0].file.url}:\n{content}")
+                raise RuntimeError(f"a worker failed on {job.place}:\n{content}")
         return results
 
     def _messages(self, jobs: Sequence[Job]) -> Iterator[Message]:
@@ -121,7 +145,7 @@ class Workers:
 def _perform_here(jobs: Sequence[Job]) -> Iterator[Message]:
     for job in jobs:
         try:
-            result = perform(job, lambda done: None)
+            result = job.perform(lambda done: None)
         except OSError as error:
             if not is_disk_full(error):
                 raise
@@ -189,7 +213,7 @@ def _serve(jobs: BinaryIO, answers: BinaryIO) -> None:
                 done = 0
 
         try:
-            result = perform(job, tick)
+            result = job.perform(tick)
         except UserError as error:
             _answer(answers, "user error", str(error))
         except Exception as error:
