@@ -17,6 +17,7 @@ from genscale.objectives.noise_levels import alpha_bar
 from genscale.recipe.image_data import ImageData
 from genscale.recipe.image_model import DiffusionTransformerModel, TextEncoder, UNetModel
 from genscale.recipe.image_objective import Augmentation, DDPMObjective, EDMObjective, FlowObjective
+from genscale.recipe.sampling import ImageSampling
 from genscale.recipe.schema import Recipe
 from genscale.recipe.training import Training
 from genscale.runtime.errors import UserError
@@ -37,9 +38,15 @@ TRANSFORMER = DiffusionTransformerModel(
 UNET = UNetModel(width=8, multipliers=(1, 2), blocks=1, attention=(), head_width=8)
 
 
-def recipe(options, model, seed=0):
-    training = Training(batch="8 images", budget="800 images")
-    return Recipe(data=ImageData(), model=model, objective=options, training=training, seed=seed)
+def recipe(options, model, seed=0, **sampling):
+    return Recipe(
+        data=ImageData(),
+        model=model,
+        objective=options,
+        training=Training(batch="8 images", budget="800 images"),
+        sampling=ImageSampling(**sampling),
+        seed=seed,
+    )
 
 
 def build(options, described=LABELLED, model=TRANSFORMER, seed=0):
@@ -294,6 +301,20 @@ def test_what_a_model_cannot_do_is_refused():
         build("flow").sample(ImageRequest(truncation=0.5), draws)
     with pytest.raises(UserError, match=r"objective.conditioning: 'text' needs images with captions"):
         build(FlowObjective(conditioning="text"))
+
+
+@pytest.mark.parametrize(
+    ("options", "described", "sampling", "message"),
+    [
+        (FlowObjective(), ImageDescription(1, 8), {"guidance": 2.0}, "sampling.guidance: 2 needs a model trained with"),
+        (FlowObjective(condition_dropout=0.0), LABELLED, {"guidance": 2.0}, "condition_dropout was 0"),
+        (DDPMObjective(steps=10), LABELLED, {}, "sampling.steps: 20 are more than the model learned"),
+        (EDMObjective(), LABELLED, {"truncation": 0.5}, "sampling.truncation and latents are for GANs"),
+    ],
+)
+def test_a_recipe_whose_samples_cannot_be_drawn_is_refused_before_training(options, described, sampling, message):
+    with pytest.raises(UserError, match=message):
+        build_objective(recipe(options, TRANSFORMER, **sampling), described)
 
 
 def test_captions_reach_the_network_and_guide_it():

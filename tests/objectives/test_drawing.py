@@ -104,7 +104,7 @@ def test_a_mask_keeps_what_is_known():
     [
         (ImageRequest(sampler="huen"), "sampler: expected one of .*did you mean 'heun'"),
         (ImageRequest(steps=0), "steps: expected at least 1, not 0"),
-        (ImageRequest(truncation=0.7), "truncation and latents are a GAN's"),
+        (ImageRequest(truncation=0.7), "truncation and latents are for GANs"),
         (ImageRequest(image=torch.zeros(2, *SHAPE), strength=0.0), "strength: expected above 0 and up to 1, not 0"),
         (ImageRequest(strength=0.5), "strength: there is no image to start from"),
         (ImageRequest(mask=torch.zeros(2, 1, 2, 3)), "mask: there is no image to start from"),

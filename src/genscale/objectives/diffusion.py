@@ -41,6 +41,7 @@ from genscale.objectives.uncertainty import UncertainDenoiser
 from genscale.recipe.image_model import DiffusionTransformerModel, UNetModel
 from genscale.recipe.image_objective import DDPMObjective, EDMObjective, FlowObjective
 from genscale.recipe.objective import DiffusionObjective
+from genscale.recipe.sampling import ImageSampling
 from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError
 from genscale.runtime.randomness import Rng
@@ -73,9 +74,28 @@ class _Diffusion(Denoising):
         self.shape, self.described, self.schedule = recipe.model, described, schedule
         self.conditioning = Conditioning.of(options.conditioning, options.condition_dropout, described)
         self.augmentation = options.augmentation
+        if isinstance(recipe.sampling, ImageSampling):
+            self._check_previews(recipe.sampling)
         network = self._build()
         initialise(network, recipe.seed)
         self.networks = nn.ModuleDict({"model": UncertainDenoiser(network) if options.learned_uncertainty else network})
+
+    def _check_previews(self, sampling: ImageSampling) -> None:
+        """Raise UserError where the recipe's samples cannot be drawn: before training, not at its first validation."""
+        request = ImageRequest(
+            labels=torch.zeros(1, dtype=torch.long) if self.conditioning.kind == "class" else None,
+            captions=torch.zeros(1, 1, dtype=torch.long) if self.conditioning.kind == "text" else None,
+            sampler=sampling.sampler,
+            steps=sampling.steps,
+            guidance=sampling.guidance,
+            truncation=sampling.truncation,
+        )
+        try:
+            check(request, 1, self.image_shape)
+            self.conditioning.check(request)
+        except UserError as error:
+            raise UserError(f"sampling.{error}") from None
+        self.schedule.sampled(request.steps)
 
     def _build(self) -> nn.Module:
         return build_denoiser(self.shape, self.described, self.conditioning.kind, self._augmentation_width)

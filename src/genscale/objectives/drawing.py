@@ -72,7 +72,7 @@ def check(request: ImageRequest, images: int, shape: tuple[int, int, int]) -> No
     if request.steps < 1:
         raise UserError(f"steps: expected at least 1, not {request.steps}")
     if request.truncation != 1 or request.latents is not None:
-        raise UserError("truncation and latents are a GAN's; a diffusion model has guidance, steps and noise")
+        raise UserError("truncation and latents are for GANs; a diffusion model has guidance, steps and noise")
     if not 0 < request.strength <= 1:
         raise UserError(f"strength: expected above 0 and up to 1, not {request.strength:g}")
     if request.image is None and (request.mask is not None or request.strength != 1):
