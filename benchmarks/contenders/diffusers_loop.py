@@ -36,6 +36,7 @@ def main() -> None:
             "AttnUpBlock2D" if level in shape.attention else "UpBlock2D" for level in reversed(levels)
         ),
         attention_head_dim=shape.head_width,
+        resnet_time_scale_shift="scale_shift",  # as genscale's UNet, which is then the same network
     )
     average = EMAModel(model.parameters(), decay=EMA_DECAY, model_cls=UNet2DModel, model_config=model.config)
     average.to(accelerator.device)
