@@ -47,7 +47,7 @@ class RealImages(Protocol):
 
 
 class Classifier(nn.Module):
-    """A few convolutions that halve the image until it is small, the mean over places, and one matrix.
+    """Convolutions that halve the image until it is small, a matrix to the features, and one to the classes.
 
     Args:
         channels: of the images.
@@ -62,17 +62,20 @@ class Classifier(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         size, width = min(resolution, LARGEST), 32
-        while size > 7:
-            layers += _convolution(channels, width, kernel=5 if not layers else 3, stride=2)
-            channels, width, size = width, min(2 * width, self.width), -(-size // 2)
-        self.body = nn.Sequential(*layers, *_convolution(channels, self.width, kernel=3, stride=1))
+        while size > 7 or not layers:
+            halved = bool(layers) or size > 14
+            layers += _convolution(channels, width, kernel=3 if layers else 5, stride=2 if halved else 1)
+            channels, width, size = width, min(2 * width, self.width), -(-size // 2) if halved else size
+        # A mean over places instead of this matrix costs 3 points of accuracy on Fashion-MNIST.
+        project = nn.Linear(channels * size**2, self.width, bias=False)
+        self.body = nn.Sequential(*layers, nn.Flatten(), project, nn.BatchNorm1d(self.width), nn.ReLU())
         self.head = nn.Linear(self.width, classes)
 
     def features(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) to (batch, 128)."""
         if images.shape[-1] > LARGEST:
             images = F.interpolate(images, size=(LARGEST, LARGEST), mode="bilinear", antialias=True)
-        return self.body(images).mean((2, 3))
+        return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, channels, height, width) to (batch, classes) logits."""

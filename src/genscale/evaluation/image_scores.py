@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from genscale.data.permutation import evenly_spread
 from genscale.evaluation.classifier import RealImages
 from genscale.evaluation.features import Extractor, extract, extract_real, real_features
 from genscale.evaluation.image_comparison import FEWEST, compare_with_floor
@@ -119,8 +120,8 @@ def score_images(
     on_progress("neighbours", 0, None, "images")
     copies = memorisation(
         found.features,
-        extract_real(extractor, validation, _spread(len(validation), MOST_HELD_OUT)).features,
-        real_features(extractor, training, searched := _spread(len(training), MOST_TRAINING)),
+        extract_real(extractor, validation, evenly_spread(len(validation), MOST_HELD_OUT)).features,
+        real_features(extractor, training, searched := evenly_spread(len(training), MOST_TRAINING)),
         reference.features,
     )
     fields = copies._asdict()
@@ -158,11 +159,6 @@ def _class_scores(
         known = labels >= 0
         scores[f"label_accuracy({name}, real)"] = float((real_seen == labels)[known].mean()) if known.any() else None
     return scores
-
-
-def _spread(total: int, most: int) -> NDArray[np.int64]:
-    """All numbers below ``total``, or ``most`` of them, evenly spread."""
-    return np.arange(min(total, most)) * total // min(total, most)
 
 
 def _json_able(value: Any) -> Any:
