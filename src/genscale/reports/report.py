@@ -17,7 +17,7 @@ from typing import Any
 from genscale.recipe.load import recipe_to_yaml
 from genscale.reports.charts import Chart, Drawing, charts, draw, number, spoken
 from genscale.reports.corpus import corpus
-from genscale.reports.evaluation import evaluation_table
+from genscale.reports.evaluation import evaluation
 from genscale.reports.pictures import picture
 from genscale.runs.run import Run
 from genscale.runtime.files import write_atomically
@@ -35,7 +35,7 @@ _SHOWN_APART = (
     "inputs",
     "data",
     "baselines",
-    "image_evaluation",
+    "generated_images",
     "guard_memory",
 )
 
@@ -73,7 +73,7 @@ def write_report(run: Run) -> Path:
         drawings=_drawings(metrics, facts, best),
         baselines=facts.get("baselines") or {},
         samples=_samples(run),
-        evaluation=evaluation_table(facts.get("image_evaluation") or {}),
+        evaluation=evaluation(run),
         corpus=corpus(run),
         events=[_event(event) for event in run.events()[-_EVENTS:]],
         checkpoints=_checkpoints(run),
