@@ -95,7 +95,7 @@ def test_an_honest_generator(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(dict.fromkeys(stages)) == ["training the classifier", "drawing", "features", "distances", "neighbours"]
     assert scores["recorded"] is True
     facts = json.loads((run.directory / "facts.json").read_text())
-    recorded = facts["generated_images"]
+    recorded = facts["image_evaluation"]
     assert recorded.pop("checkpoint") == "last"
     assert recorded == {name: value for name, value in scores.items() if name != "recorded"}
     assert facts["status"] == "created", "other facts are kept"

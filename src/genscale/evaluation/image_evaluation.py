@@ -143,7 +143,7 @@ def _record(run: Run, checkpoint: str | int, scores: dict[str, Any]) -> bool:
         with run.lock():
             # Read anew, so that what another process recorded meanwhile is kept.
             facts = Run.open(run.directory).facts
-            run.record(**facts | {"generated_images": {"checkpoint": checkpoint, **scores}})
+            run.record(**facts | {"image_evaluation": {"checkpoint": checkpoint, **scores}})
     except UserError:
         return False
     return True
