@@ -315,7 +315,7 @@ def test_concerns_fire_for_a_collapse_and_not_for_a_healthy_game():
         objective.observe({**healthy, "generator_diversity": 0.01}, 64)
     assert list(objective.concerns(healthy)) == ["collapse"]
     for _ in range(300):
-        objective.observe({**healthy, "discriminator_sign": 1.0}, 64)
+        objective.observe({**healthy, "discriminator_sign": 1.0, "discriminator_real_logit": 20.0}, 64)
     assert "discriminator_wins" in objective.concerns(healthy)
 
 

@@ -14,6 +14,9 @@ _SETTLED = 10_000
 
 _COLLAPSED = 0.1
 _ALWAYS_RIGHT = 0.99
+_FAR_APART = 5.0
+"""Logits at which a softplus or hinge has hardly any slope left. Under strong penalties a discriminator may well be
+always right by a little, and the game goes on."""
 _OFTEN_WRONG = -0.25
 _DIVERGED = 100.0
 
@@ -90,7 +93,7 @@ class Balance(nn.Module):
                 " distance, within a class); try objective.loss=relativistic, a larger objective.r1 and objective.r2,"
                 " or a lower learning rate"
             )
-        if (self.signs and sign > _ALWAYS_RIGHT) or abs(gap) > _DIVERGED:
+        if (self.signs and sign > _ALWAYS_RIGHT and gap > _FAR_APART) or abs(gap) > _DIVERGED:
             found["discriminator_wins"] = (
                 f"the discriminator wins: it is right about {50 + 50 * sign:.1f}% of images, its logits {gap:.3g}"
                 " apart; try a larger objective.r1 and objective.r2, objective.augmentation with target: 0.6, more"
