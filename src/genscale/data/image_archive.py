@@ -34,6 +34,9 @@ class BadArchive(Exception):
     """What is wrong with an archive, in words."""
 
 
+_BAD_MEMBER = (zipfile.BadZipFile, zlib.error, EOFError, BadArchive, NotImplementedError, RuntimeError)
+
+
 def read_files(piece: Piece, intake: Intake) -> Iterator[Sample]:
     """An image file by itself, with the files beside it."""
     file = piece.file
@@ -75,7 +78,7 @@ def read_archive(piece: Piece, intake: Intake) -> Iterator[Sample]:
     file = piece.file
     try:
         with _spooled(file) as stream:
-            members, read = _zip(stream) if _is_zip(file) else _tar(stream)
+            members, read, whole = _zip(stream) if _is_zip(file) else _tar(stream)
             stop = len(members) if piece.stop is None else piece.stop
             for position in range(piece.start, stop):
                 member = members[position]
@@ -83,19 +86,14 @@ def read_archive(piece: Piece, intake: Intake) -> Iterator[Sample]:
                 try:
                     content = read(member.name)
                     texts = {ending: read(name) for ending, name in member.beside.items()}
-                except (
-                    zipfile.BadZipFile,
-                    zlib.error,
-                    EOFError,
-                    BadArchive,
-                    NotImplementedError,
-                    RuntimeError,
-                ) as error:
+                except _BAD_MEMBER as error:
                     intake.bad(where, f"damaged: {error}")
                     continue
                 # A member's folder is its class as a file's is; the archive's own place tells nothing.
                 for sample in described(file, member.name, position, content, texts, where, intake):
                     yield Sample(f"{file.path}/{member.name}", position, sample.content, sample.label, sample.caption)
+            if not whole and piece.stop is None:
+                intake.bad(file.url, "the archive ends early")
     except (zipfile.BadZipFile, tarfile.TarError, *compressed.DAMAGE) as error:
         intake.bad(file.url, f"the archive is damaged: {error}")
 
@@ -145,20 +143,25 @@ def _spooled(file: ImageFile) -> BinaryIO:
     return copy  # type: ignore[return-value]
 
 
-Opened = tuple[list[Member], Callable[[str], bytes]]
+Opened = tuple[list[Member], Callable[[str], bytes], bool]
+"""The images, what reads a member, and whether the list of members is whole."""
 
 
 def _zip(stream: BinaryIO) -> Opened:
     archive = zipfile.ZipFile(stream)
-    return group([info.filename for info in archive.infolist() if not info.is_dir()]), archive.read
+    return group([info.filename for info in archive.infolist() if not info.is_dir()]), archive.read, True
 
 
 def _tar(stream: BinaryIO) -> Opened:
     places: dict[str, tuple[int, int]] = {}
+    whole = True
     with tarfile.open(fileobj=stream, mode="r:") as tar:
-        for info in tar:
-            if info.isfile():
-                places[info.name] = info.offset_data, info.size
+        try:
+            for info in tar:
+                if info.isfile():
+                    places[info.name] = info.offset_data, info.size
+        except tarfile.ReadError:  # what comes before the damage can be read
+            whole = False
 
     def read(name: str) -> bytes:
         offset, size = places[name]
@@ -168,4 +171,4 @@ def _tar(stream: BinaryIO) -> Opened:
             raise BadArchive("the archive ends within it")
         return content
 
-    return group(list(places)), read
+    return group(list(places)), read, whole
