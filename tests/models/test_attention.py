@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from genscale.models import blockwise
+from genscale.models import attention, blockwise
 from genscale.models.attention import Attention, attend
 from genscale.models.mask import AttentionMask
 
@@ -47,7 +47,7 @@ DOCUMENTS = torch.tensor([[0] * 4 + [1] * 10 + [2] * 7, [0] * 15 + [1] * 6])
 @pytest.mark.parametrize("causal", [True, False])
 def test_every_mask_and_kernel_equals_the_formula(monkeypatch, kernel, cap, documents, window, causal):
     monkeypatch.setattr(blockwise, "block_of", lambda queries: 8)  # ragged: 8, 8, 5
-    monkeypatch.setattr(blockwise, "SHORTEST_IN_FULL_PRECISION", 22 if kernel == "scaled_dot_product" else 0)
+    monkeypatch.setattr(attention, "blocks_pay", lambda *_: kernel == "blockwise")
     q, k, v = (x.requires_grad_() for x in inputs())
     mask = AttentionMask(21, 21, causal, window, documents)
     with sdpa_kernel(SDPBackend.MATH if kernel == "math" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):

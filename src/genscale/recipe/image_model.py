@@ -89,6 +89,8 @@ class UNetModel(Part):
     @model_validator(mode="after")
     def _fits(self) -> UNetModel:
         levels = len(self.multipliers)
+        if min(self.multipliers) < 1:
+            raise ValueError(f"multipliers: each level has at least 1 width, not {min(self.multipliers)}")
         for level in self.attention:
             if not 0 <= level < levels:
                 raise ValueError(
@@ -99,6 +101,11 @@ class UNetModel(Part):
                     f"head_width ({self.head_width}) must divide the channels of level {level}, "
                     f"{self.width * self.multipliers[level]}"
                 )
+        if self.width * self.multipliers[-1] % self.head_width:
+            raise ValueError(
+                f"head_width ({self.head_width}) must divide the channels of the middle, "
+                f"{self.width * self.multipliers[-1]}"
+            )
         return self
 
 

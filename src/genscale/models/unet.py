@@ -1,0 +1,189 @@
+"""The UNet with residual blocks and attention (Ho et al. 2020; Dhariwal and Nichol 2021).
+
+The same network as diffusers' ``UNet2DModel`` with ``resnet_time_scale_shift="scale_shift"``, layer by layer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, is_grad_enabled, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from genscale.data.description import ImageDescription
+from genscale.models.conditioning import Condition, ConditionKind
+from genscale.models.group_norm import GroupNorm
+from genscale.models.initialise import fan_in_std
+from genscale.models.layers import Attention, in_compute_dtype
+from genscale.models.upsample import Upsample
+from genscale.recipe.image_model import UNetModel
+from genscale.runtime.errors import UserError
+
+_MOST_GROUPS = 32
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, each after a norm and SiLU, added to the input; the second norm is told the condition."""
+
+    def __init__(self, inputs: int, outputs: int, told: int, groups: int, dropout: float):
+        super().__init__()
+        self.norm_1 = GroupNorm(groups, inputs, activated=True)
+        self.convolution_1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = nn.Linear(told, 2 * outputs)
+        self.norm_2 = GroupNorm(groups, outputs, activated=True)
+        self.convolution_2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(batch, inputs, height, width), (batch, told) activated, to (batch, outputs, height, width)."""
+        y = self.convolution_1(self.norm_1(x))
+        scale, shift = self.modulation(condition).chunk(2, dim=1)
+        y = self.convolution_2(F.dropout(self.norm_2(y, scale, shift), self.dropout, self.training))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class ImageAttention(nn.Module):
+    """Attention of every pixel to all, added to the input."""
+
+    def __init__(self, channels: int, head_width: int, groups: int):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels)
+        self.attention = Attention(channels, channels // head_width, bias=True, query_key_value_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) to the same."""
+        y = self.attention(self.norm(x).flatten(2).transpose(1, 2))
+        return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class UNetBlock(nn.Module):
+    """A residual block and, at some levels, attention."""
+
+    def __init__(self, inputs: int, outputs: int, told: int, shape: UNetModel, attends: bool):
+        super().__init__()
+        groups = math.gcd(_MOST_GROUPS, shape.width)
+        self.residual = ResidualBlock(inputs, outputs, told, groups, shape.dropout)
+        self.attention = ImageAttention(outputs, shape.head_width, groups) if attends else None
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        x = self.residual(x, condition)
+        return x if self.attention is None else self.attention(x)
+
+
+class UNet(nn.Module):
+    """Says of a noisy image what its objective asks for: the noise, the velocity, the image.
+
+    On the way down each level keeps what its blocks give; on the way up one block more than that takes it in again. At
+    the start every residual branch is closed, and the answer is zero.
+
+    Args:
+        shape: the recipe's ``model``.
+        described: the images.
+        conditioning: what it is told of them, besides the noise level.
+        augmentation_width: parameters of the augmentation that it is told; 0: none.
+
+    Attributes:
+        recompute: recompute each block in the backward instead of keeping its activations.
+
+    Raises:
+        UserError: the resolution cannot be halved as often as the shape has levels.
+    """
+
+    def __init__(
+        self,
+        shape: UNetModel,
+        described: ImageDescription,
+        conditioning: ConditionKind = "none",
+        augmentation_width: int = 0,
+    ):
+        super().__init__()
+        _check_halvings(len(shape.multipliers), described.resolution)
+        self.shape = shape
+        self.recompute = False
+        told = 4 * shape.width
+        self.condition = Condition(described, conditioning, shape.width, told, shape.text_encoder, augmentation_width)
+
+        def block(inputs: int, outputs: int, level: int) -> UNetBlock:
+            return UNetBlock(inputs, outputs, told, shape, level in shape.attention)
+
+        self.input = nn.Conv2d(described.channels, shape.width, 3, padding=1)
+        channels = shape.width
+        kept = [channels]  # channels of what the way down keeps
+        self.down, self.downsamples = nn.ModuleList(), nn.ModuleList()
+        widths = [shape.width * multiplier for multiplier in shape.multipliers]
+        for level, width in enumerate(widths):
+            blocks = nn.ModuleList()
+            for _ in range(shape.blocks):
+                blocks.append(block(channels, width, level))
+                channels = width
+                kept.append(channels)
+            self.down.append(blocks)
+            if level < len(widths) - 1:
+                self.downsamples.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                kept.append(channels)
+        self.middle = nn.ModuleList(UNetBlock(channels, channels, told, shape, attends) for attends in (True, False))
+        self.up, self.upsamples = nn.ModuleList(), nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            blocks = nn.ModuleList()
+            for _ in range(shape.blocks + 1):
+                blocks.append(block(channels + kept.pop(), width, level))
+                channels = width
+            self.up.append(blocks)
+            if level:
+                self.upsamples.append(Upsample(channels))
+        self.norm = GroupNorm(math.gcd(_MOST_GROUPS, shape.width), channels, activated=True)
+        self.output = nn.Conv2d(channels, described.channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_level: Tensor,
+        labels: Tensor | None = None,
+        captions: Tensor | None = None,
+        augmentation: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, channels, height, width) to the same; the other arguments are those of ``Condition.forward``."""
+        condition = in_compute_dtype(F.silu(self.condition(noise_level, labels, captions, augmentation)))
+        y = self.input(x)
+        kept = [y]
+        for level, blocks in enumerate(self.down):
+            for block in blocks.children():
+                y = self._run(block, y, condition)
+                kept.append(y)
+            if level < len(self.downsamples):
+                y = self.downsamples[level](y)
+                kept.append(y)
+        for block in self.middle:
+            y = self._run(block, y, condition)
+        for level, blocks in enumerate(self.up):
+            for block in blocks.children():
+                y = self._run(block, torch.cat((y, kept.pop()), dim=1), condition)
+            if level < len(self.upsamples):
+                y = self.upsamples[level](y)
+        return self.output(self.norm(y)).to(x.dtype)
+
+    def _run(self, block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+        if self.recompute and self.training and is_grad_enabled():
+            return checkpoint(block, x, condition, use_reentrant=False)
+        return block(x, condition)
+
+    def initial_std(self, name: str, size: torch.Size) -> float:
+        """Each branch and the answer begin at zero; the rest keeps its input's variance."""
+        closed = name.endswith(("convolution_2.weight", "attention.output.weight")) or name == "output.weight"
+        return 0.0 if closed else fan_in_std(name, size)
+
+
+def _check_halvings(levels: int, resolution: int) -> None:
+    halvings = levels - 1
+    if resolution % 2**halvings == 0:
+        return
+    most = 1
+    while resolution % 2**most == 0:
+        most += 1
+    raise UserError(
+        f"model.multipliers: {levels} levels halve the images {halvings} times, which a resolution of {resolution} "
+        f"(data.resolution) does not allow; give at most {most}, or another resolution"
+    )
