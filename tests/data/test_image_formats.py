@@ -244,7 +244,7 @@ def test_mistakes_in_idx_files(tmp_path: Path) -> None:
     assert refusal(images) == f"{labels} is not an idx file of labels, or it is cut short"
     labels.unlink()
     assert {sample.label for sample in samples(images)[0]} == {None}
-    assert "no file of labels beside it" in refusal(images, label="label")
+    assert "no file of labels beside it" in refusal(images, label="classes")
     images.write_bytes(idx(GREY)[:-30])
     found, report = samples(images, "skip")
     assert pixels_of(found) == GREY[:4].tolist()

@@ -54,7 +54,7 @@ class ImageFile(File):
     """Column, key or feature that holds the images."""
     label: str | None
     label_named: bool
-    """Whether the recipe names the label itself, so that it must be there."""
+    """Whether the recipe names the label otherwise than by default, so that it must be there."""
     caption: str | None
     split: str
     labels_file: str | None = None
@@ -150,7 +150,7 @@ def _file(
         licence=source.licence,
         image=source.image,
         label=source.label,
-        label_named="label" in source.model_fields_set,
+        label_named=source.label != ImageSource.model_fields["label"].default,
         caption=source.caption,
         split=source.split,
         labels_file=_labels_of(number, source, entry, entries) if format == "idx" else None,
@@ -217,7 +217,7 @@ def _dataset(number: int, source: ImageSource) -> ImageFile:
         licence=source.licence or dataset.info.license or None,
         image=source.image,
         label=source.label,
-        label_named="label" in source.model_fields_set,
+        label_named=source.label != ImageSource.model_fields["label"].default,
         caption=source.caption,
         split=source.split,
     )
