@@ -7,7 +7,14 @@ import numpy as np
 import torch
 
 from genscale.evaluation.classifier import Classifier
-from genscale.evaluation.features import Extractor, classifier_extractor, extract, extract_real, real_features
+from genscale.evaluation.features import (
+    Extractor,
+    classifier_extractor,
+    extract,
+    extract_real,
+    pixel_extractor,
+    real_features,
+)
 
 CPU = torch.device("cpu")
 
@@ -48,3 +55,12 @@ def test_a_rotation_classifier_knows_no_classes_of_the_data(pictures: Callable[.
     found = extract(classifier_extractor(network, "classifier"), images)
     assert found.classes is not None
     assert found.classes.tolist() == network(images).argmax(1).tolist()
+
+
+def test_pixels_are_means_over_squares(pictures: Callable[..., Any]) -> None:
+    images = torch.arange(2 * 28 * 28.0).view(2, 1, 28, 28)
+    found = extract(pixel_extractor(CPU), images).features.reshape(2, 14, 14)
+    np.testing.assert_allclose(found[1, 3, 5], images[1, 0, 6:8, 10:12].mean())
+    small = pictures(3, 4, 0).images(np.arange(3))
+    np.testing.assert_array_equal(extract(pixel_extractor(CPU), small).features, small.flatten(1))
+    assert extract(pixel_extractor(CPU), torch.zeros(1, 3, 50, 50)).features.shape == (1, 3 * 13 * 13)

@@ -92,7 +92,14 @@ def test_an_honest_generator(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scores["floor"] == "validation"
     assert scores["memorisation_suspicious"] is False
     assert len(objective.asked) == 100
-    assert list(dict.fromkeys(stages)) == ["training the classifier", "drawing", "features", "distances", "neighbours"]
+    assert list(dict.fromkeys(stages)) == [
+        "training the classifier",
+        "drawing",
+        "features",
+        "distances",
+        "neighbours among classifier",
+        "neighbours among pixels",
+    ]
     assert scores["recorded"] is True
     facts = json.loads((run.directory / "facts.json").read_text())
     recorded = facts["image_evaluation"]
@@ -107,7 +114,7 @@ def test_a_copier_is_found_out_and_its_pairs_are_shown(run: Run, monkeypatch: py
     draws_with(Lamp(copies=training.images(np.arange(100))), monkeypatch)
     scores = evaluate_images(run, device="cpu", count=100)
     assert scores["memorisation_suspicious"] is True
-    assert scores["memorisation_replicas"] > 0.9
+    assert scores["replicas(classifier, N=100)"] > 0.9
     assert all(pair["generated"] == pair["training"] for pair in scores["closest_pairs"])
     assert scores["closest_pairs"][-1]["distance"] < 1e-4  # convolutions round by the batch
     picture = np.asarray(Image.open(run.directory / "evaluation" / "closest-pairs.png"))

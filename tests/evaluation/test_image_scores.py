@@ -55,10 +55,22 @@ def test_copies_have_a_small_distance_and_are_found_out(pictures: Callable[..., 
     floor = scores["frechet_distance(corners, N=100, real)"]
     assert scores["frechet_distance(corners, N=100)"] < 5 * floor, "the distance rewards copies"
     assert scores["memorisation_suspicious"] is True
-    assert scores["memorisation_replicas"] == 1
+    for space in ("corners", "pixels"):
+        assert scores[f"replicas({space}, N=100)"] == 1
+        assert scores[f"nearest_is_training({space}, N=100)"] == 1
+        assert scores[f"nearest_is_training({space}, N=100, real)"] == 0.75
     assert len(scores["closest_pairs"]) == 8
     for pair in scores["closest_pairs"]:
         assert pair == {"generated": pair["generated"], "training": pair["generated"], "distance": 0}
+
+
+def test_copies_that_the_features_do_not_see_are_found_among_pixels(pictures: Callable[..., Any]) -> None:
+    """Copies made a little brighter lose themselves among the features, which are four brightnesses."""
+    scores = score(pictures, 0.03 + pictures(900, 4, 0).images(np.arange(NUMBER)), None)
+    assert scores["replicas(corners, N=100)"] < 0.1
+    assert scores["nearest_is_training_z(corners, N=100)"] < 3
+    assert scores["replicas(pixels, N=100)"] > 0.9
+    assert scores["memorisation_suspicious"] is True
 
 
 def test_one_class_drawn_for_all_is_seen_in_every_score(pictures: Callable[..., Any]) -> None:

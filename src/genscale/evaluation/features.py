@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from genscale.evaluation.classifier import Classifier, RealImages
+
+PIXELS = 16
+"""Width of images whose pixels are compared."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,16 @@ def classifier_extractor(network: Classifier, kind: str) -> Extractor:
     """The features of a run's own classifier. ``kind`` is what :func:`publish_classifier` says it is."""
     device = next(network.parameters()).device
     return Extractor(kind, network.features, network.head if kind == "classifier" else None, device)
+
+
+def pixel_extractor(device: torch.device) -> Extractor:
+    """The images themselves, made at most 16 pixels wide by means over squares."""
+
+    def features(images: Tensor) -> Tensor:
+        side = -(-images.shape[-1] // PIXELS)
+        return F.avg_pool2d(images, side, ceil_mode=True).flatten(1)
+
+    return Extractor("pixels", features, None, device)
 
 
 def extract(extractor: Extractor, images: Tensor, batch: int = 256) -> Extracted:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from genscale.data.permutation import evenly_spread
 from genscale.evaluation.classifier import RealImages
-from genscale.evaluation.features import Extractor, extract, extract_real, real_features
+from genscale.evaluation.features import Extractor, extract, extract_real, pixel_extractor, real_features
 from genscale.evaluation.image_comparison import FEWEST, compare_with_floor
-from genscale.evaluation.memorisation import memorisation
+from genscale.evaluation.memorisation import Memorisation, memorisation
 from genscale.evaluation.modes import modes
 from genscale.runtime.errors import UserError
 
 DEFAULT_COUNT = 5000
-MOST_HELD_OUT = 10_000
+MOST_HELD_OUT = 5000
 """Held-out images whose neighbours are looked for."""
 MOST_TRAINING = 200_000
 """Training images among which they are looked for."""
@@ -98,8 +98,9 @@ def score_images(
           real images that it is of; ``count``; ``extractor``;
         - for labelled data, each of generated images and of real ones: ``modes``, how many of the ``classes`` are seen,
           and ``modes_divergence``; ``label_accuracy``, where images were drawn for classes;
-        - ``memorisation_...``: the fields of :class:`genscale.evaluation.memorisation.Memorisation`,
-          ``memorisation_suspicious``, and ``memorisation_searched``, among how many training images;
+        - what :class:`genscale.evaluation.memorisation.Memorisation` holds, in the extractor's space and in that of
+          pixels, where copies are seen that mean something else to the extractor; ``memorisation_suspicious``, whether
+          either is; ``memorisation_searched``, among how many training images;
         - ``closest_pairs``: numbers of a generated image and of its nearest training image, and their ``distance``.
     """
     on_progress("features", 0, None, "images")
@@ -117,20 +118,38 @@ def score_images(
         assert seen is not None
         assert real_seen is not None
         scores |= _class_scores(seen, real_seen, intended, training, real_split, sets, classes)
-    on_progress("neighbours", 0, None, "images")
-    copies = memorisation(
-        found.features,
-        extract_real(extractor, validation, evenly_spread(len(validation), MOST_HELD_OUT)).features,
-        real_features(extractor, training, searched := evenly_spread(len(training), MOST_TRAINING)),
-        reference.features,
-    )
-    fields = copies._asdict()
-    pairs = fields.pop("closest")
-    scores |= {f"memorisation_{name}": value for name, value in fields.items()}
-    scores["memorisation_suspicious"] = copies.suspicious
+    looks = {}
+    for space in (extractor, pixel_extractor(extractor.device)):
+        on_progress(f"neighbours among {space.name}", 0, None, "images")
+        own = space is extractor
+        looks[space.name] = memorisation(
+            found.features if own else extract(space, generated).features,
+            extract_real(space, validation, evenly_spread(len(validation), MOST_HELD_OUT)).features,
+            real_features(space, training, searched := evenly_spread(len(training), MOST_TRAINING)),
+            reference.features if own else extract_real(space, training, sets.reference).features,
+        )
+        scores |= _memorisation_scores(looks[space.name], f"{space.name}, N={len(generated)}")
+    scores["memorisation_suspicious"] = any(look.suspicious for look in looks.values())
     scores["memorisation_searched"] = len(searched)
+    pairs = looks[extractor.name].closest
     scores["closest_pairs"] = [pair._asdict() | {"training": int(searched[pair.training])} for pair in pairs]
     return {name: _json_able(value) for name, value in scores.items()}
+
+
+def _memorisation_scores(found: Memorisation, name: str) -> dict[str, Any]:
+    """What was found, and what an honest generator would give in the place of real images."""
+    return {
+        f"nearest_is_training({name})": found.nearest_is_training,
+        f"nearest_is_training({name}, real)": found.nearest_is_training_expected,
+        f"nearest_is_training_z({name})": found.nearest_is_training_z,
+        f"replicas({name})": found.replicas,
+        f"replicas({name}, real)": found.replicas_held_out,
+        f"replicas_z({name})": found.replicas_z,
+        f"closer_than_held_out({name})": found.closer_than_held_out,
+        f"closer_than_held_out({name}, real)": 0.5,
+        f"copying_statistic({name})": found.copying_statistic,
+        f"copying_statistic({name}, real)": 0.0,
+    }
 
 
 def _class_scores(
