@@ -1,10 +1,10 @@
 """A trained denoiser as a component of diffusers.
 
-This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports only what travels with it.
+This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports only what travels with it. (diffusers
+imports its classes late, where the type checker does not see them.)
 """
 
 # mypy: disable-error-code="attr-defined,misc"
-# (diffusers imports its classes late, where mypy does not see them)
 
 from __future__ import annotations
 

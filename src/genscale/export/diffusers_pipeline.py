@@ -1,10 +1,10 @@
 """Draws images with a denoiser that genscale trained, through diffusers' own schedulers.
 
-This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports nothing of genscale.
+This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports nothing of genscale. (diffusers imports
+its classes late, where the type checker does not see them.)
 """
 
 # mypy: disable-error-code="attr-defined,misc,union-attr"
-# (diffusers imports its classes late, where mypy does not see them)
 
 from __future__ import annotations
 

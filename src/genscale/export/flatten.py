@@ -49,10 +49,15 @@ def flatten(module: str, docstring: str) -> str:
             if not name.startswith("_"):
                 raise ValueError(f"{owner} and {piece.module} both define {name}")
             text = re.sub(rf"(?<![\w.]){name}\b", f"{name}_of_{piece.module.rpartition('.')[2]}", text)
-        texts.append(f"# {piece.module}\n\n{text.strip()}\n")
+        texts.append(f"# {piece.module}\n\n{_tidy(text)}\n")
     outside = sorted({line for piece in pieces.values() for line in piece.outside})
     head = f'"""{docstring}"""\n\nfrom __future__ import annotations\n'
     return "\n\n".join([head, "\n".join(outside) + "\n", *texts])
+
+
+def _tidy(text: str) -> str:
+    """Without the gaps that imports leave, and without words to the type checker."""
+    return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"^# mypy:.*\n", "", text, flags=re.MULTILINE)).strip()
 
 
 def _collect(module: str, pieces: dict[str, _Piece], under_way: set[str]) -> None:
