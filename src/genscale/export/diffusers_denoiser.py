@@ -1,7 +1,7 @@
 """A trained denoiser as a component of diffusers.
 
-This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports only what travels with it. (diffusers
-imports its classes late, where the type checker does not see them.)
+This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports only what travels with it.
+(diffusers imports its classes late, where the type checker does not see them.)
 """
 
 # mypy: disable-error-code="attr-defined,misc"

@@ -1,7 +1,7 @@
 """Draws images with a denoiser that genscale trained, through diffusers' own schedulers.
 
-This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports nothing of genscale. (diffusers imports
-its classes late, where the type checker does not see them.)
+This file travels with the weights (:mod:`genscale.export.diffusers`), so it imports nothing of genscale.
+(diffusers imports its classes late, where the type checker does not see them.)
 """
 
 # mypy: disable-error-code="attr-defined,misc,union-attr"
