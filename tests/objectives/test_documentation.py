@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from genscale.data.batch import TextBatch
+from genscale.data.description import TextDescription
 from genscale.objectives.decoding import TextRequest
 from genscale.recipe.model import TransformerModel
 from genscale.recipe.schema import Recipe
@@ -18,7 +19,7 @@ def test_the_documented_objective_learns_to_count_backwards():
     names: dict = {}
     exec(code, names)
     recipe = Recipe(model=TransformerModel(layers=1, width=32, heads=2, context=16))
-    objective = names["BackwardLanguage"](recipe, 6)
+    objective = names["BackwardLanguage"](recipe, TextDescription(6))
     tokens = (torch.arange(6)[:, None] + torch.arange(17)) % 6
     batch = TextBatch(tokens, torch.zeros_like(tokens, dtype=torch.int32), None, torch.arange(6))
     optimizer = torch.optim.Adam(objective.parameters(), 1e-2)
