@@ -103,7 +103,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(words, message, end):
     ],
 )
 def test_a_recipe_mistake_is_one_line_and_exit_code_2_in_every_command(command, override, message, end):
-    recipe = [] if command == ["demo"] else ["tiny"]
+    recipe = ["--only", "language"] if command == ["demo"] else ["tiny"]
     assert end(*command, *recipe, override) == (2, "", f"error: override '{override}': {message}\n")
 
 

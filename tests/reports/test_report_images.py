@@ -127,7 +127,7 @@ MEASURED: dict[str, Any] = {
 def test_each_measure_stands_beside_its_floor_and_the_nearest_images_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert "Generated images" not in page_of(run)
-    run.record(generated_images=MEASURED)
+    run.record(image_evaluation=MEASURED)
     (run.directory / "evaluation").mkdir()
     (run.directory / "evaluation" / "closest-pairs.png").write_bytes(drawn(77))
     page = page_of(run)

@@ -18,7 +18,7 @@ def evaluate(
         run: the run or its directory. Its data store is needed.
         checkpoint: ``best``, ``last``, or a step.
         options: of :func:`genscale.evaluation.text_evaluation.evaluate_text` (``baseline_tokens``, ``novelty``) or of
-            :func:`genscale.evaluation.image_evaluation.evaluate_images` (``count``, ``extractor``, ``seed``).
+            :func:`genscale.evaluation.image_evaluation.evaluate_images` (``count``, ``extractor``, ``sampling``, ``seed``, ``on_progress``).
 
     Returns:
         what these return.
@@ -42,4 +42,4 @@ def evaluate(
     return evaluate_text(run, checkpoint, device=device, **options)
 
 
-_OPTIONS = {"text": ("baseline_tokens", "novelty"), "images": ("count", "extractor", "seed", "on_progress")}
+_OPTIONS = {"text": ("baseline_tokens", "novelty"), "images": ("count", "extractor", "sampling", "seed", "on_progress")}

@@ -29,7 +29,7 @@ class Evaluation:
 
 def evaluation(run: Run) -> Evaluation | None:
     """What is recorded of the images that the run's weights drew; None where nothing is."""
-    found: Mapping[str, Any] = run.facts.get("generated_images") or {}
+    found: Mapping[str, Any] = run.facts.get("image_evaluation") or {}
     if not found:
         return None
     measures: list[tuple[str, ...]] = []

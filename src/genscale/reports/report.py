@@ -35,7 +35,7 @@ _SHOWN_APART = (
     "inputs",
     "data",
     "baselines",
-    "generated_images",
+    "image_evaluation",
     "guard_memory",
 )
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from genscale.data.image_captions import caption_ids
 from genscale.data.image_store import ImageStore
 from genscale.data.image_stream import ImageStream
 from genscale.generation.grid import png_bytes
@@ -19,6 +22,9 @@ def open_images(recipe: Recipe) -> Inputs:
     store = ImageStore.open(recipe.store_directory)
     described, sampling = store.described, recipe.sampling
     assert isinstance(sampling, ImageSampling)  # the recipe has seen to it
+    captions = None
+    if sampling.captions and store.tokenizer is not None:
+        captions = torch.from_numpy(caption_ids(store.tokenizer, sampling.captions, described.caption_tokens))
     return Inputs(
         described=described,
         fingerprint=store.fingerprint,
@@ -31,7 +37,7 @@ def open_images(recipe: Recipe) -> Inputs:
         },
         keep_with=store.keep_with,
         preview=lambda objective: [
-            {"image": png_bytes(preview_grid(objective, described, sampling, seed=recipe.seed))}
+            {"image": png_bytes(preview_grid(objective, described, sampling, recipe.seed, captions))}
         ],
     )
 
