@@ -6,6 +6,7 @@ faster, so it is given those.
 
 from __future__ import annotations
 
+import os
 import tempfile
 
 import numpy as np
@@ -20,7 +21,8 @@ import denoising_diffusion_pytorch.denoising_diffusion_pytorch as package  # noq
 
 
 def main() -> None:
-    name, folder, precision, steps, *_ = arguments()
+    name, folder, precision, steps, _compiled, device = arguments()
+    os.environ["ACCELERATE_USE_CPU"] = str(device == "cpu")
     shape = SHAPES[name]
     images = torch.from_numpy(np.load(folder / "train.npy"))
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import time
 
 import numpy as np
 
 STARTED = time.time()
+
+
+def peak_memory() -> int:
+    """Bytes: of the accelerator where one was used, else of the process."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Figures:
@@ -40,7 +49,7 @@ class Figures:
                 {
                     "per_second": self._items / float(np.median(seconds)),
                     "per_cpu_second": self._items / float(np.median(processor)),
-                    "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                    "peak_memory_mb": peak_memory() / 2**20,
                     "start_to_first_step_s": self._stamps[0] - float(os.environ.get("BENCHMARK_STARTED", STARTED)),
                     "loss": float(np.mean(self._losses[-10:])),
                     **others,
