@@ -119,9 +119,14 @@ def restore(job: Job, which: int | Literal["last"] = "last") -> bool:
     for warning in checkpoint.warnings:
         job.event("damaged_checkpoint", warning)
     if job.leads:
-        job.run.truncate_metrics(job.progress.step)
-        drop_later(averages_folder(job.run), job.progress.step * job.plan.batch)
+        forget(job, job.progress.step)
     return True
+
+
+def forget(job: Job, after_step: int) -> None:
+    """Drop what was kept of later steps, which are about to be run again."""
+    job.run.truncate_metrics(after_step)
+    drop_later(averages_folder(job.run), after_step * job.plan.batch)
 
 
 def keep_snapshots(job: Job) -> None:

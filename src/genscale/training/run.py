@@ -24,7 +24,7 @@ from genscale.training.guard import Guard
 from genscale.training.inputs import Inputs, open_inputs
 from genscale.training.interruption import watched_signals
 from genscale.training.job import Job
-from genscale.training.loop import restore, run_steps
+from genscale.training.loop import forget, restore, run_steps
 from genscale.training.micro_batch import choose_micro_batch
 from genscale.training.plan import Plan, make_plan
 from genscale.training.precision import pick_precision, torch_dtype
@@ -161,7 +161,7 @@ def begin(job: Job, inputs: Inputs) -> None:
     if restore(job):
         job.event("resume", f"going on from step {job.progress.step:,} of {job.plan.steps:,}")
     else:
-        from_rank_0(lambda: job.run.truncate_metrics(0))  # of a run whose checkpoints were deleted
+        from_rank_0(lambda: forget(job, 0))  # what a run left whose checkpoints were deleted
         job.checkpoints.save(0, job.state.tensors(), job.facts(), wait=True)
 
     def measure() -> None:
