@@ -23,6 +23,9 @@ def _any_of(schema: Any) -> Any:
         return [_any_of(entry) for entry in schema]
     if not isinstance(schema, dict):
         return schema
+    # A property may have the name "discriminator" too; the keyword stands beside "oneOf".
     return {
-        "anyOf" if key == "oneOf" else key: _any_of(value) for key, value in schema.items() if key != "discriminator"
+        "anyOf" if key == "oneOf" else key: _any_of(value)
+        for key, value in schema.items()
+        if key != "discriminator" or "oneOf" not in schema
     }
