@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from genscale.data.image_batch import ImageBatch
 from genscale.data.image_store import write_image_store
 from genscale.evaluation import image_evaluation as module
 from genscale.evaluation.classifier import publish_classifier
@@ -22,7 +23,7 @@ from genscale.evaluation.real_images import StoredImages
 from genscale.generation.grid import to_pixels
 from genscale.objectives.conditioning import Conditioning
 from genscale.objectives.image_request import ImageRequest
-from genscale.objectives.objective import Objective
+from genscale.objectives.objective import Loss, Objective
 from genscale.recipe.load import recipe_from_mapping
 from genscale.runs.run import Run
 from genscale.runtime.errors import UserError
@@ -40,6 +41,10 @@ class Lamp(Objective):
         self.conditioning = Conditioning(kind, 0.1, len(CLASSES), 0)
         self.copies = copies
         self.asked: list[int] = []
+
+    def validate(self, batch: ImageBatch, rng: Rng) -> Loss:
+        brightness = batch.images.mean(dim=(1, 2, 3))
+        return Loss(brightness.sum(), {"loss": (brightness.sum(), torch.tensor(len(batch)))})
 
     def sample(self, request: ImageRequest, rng: Rng) -> Tensor:
         assert request.labels is not None
@@ -99,7 +104,11 @@ def test_an_honest_generator(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         "distances",
         "neighbours among classifier",
         "neighbours among pixels",
+        "loss",
     ]
+    # Light is drawn anew for each image, so that either split is as bright as the other but for chance.
+    assert scores["gap"] == pytest.approx(scores["validation_loss"] - scores["training_loss"])
+    assert abs(scores["gap"]) < 0.05
     assert scores["recorded"] is True
     facts = json.loads((run.directory / "facts.json").read_text())
     recorded = facts["image_evaluation"]

@@ -10,10 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from genscale.data.image_store import ImageStore
+from genscale.data.image_stream import ImageStream
 from genscale.evaluation.classifier import RealImages, publish_classifier
 from genscale.evaluation.features import Extractor, classifier_extractor
 from genscale.evaluation.image_scores import Progress, choose_sets, score_images, silent
 from genscale.evaluation.memorisation import ClosestPair
+from genscale.evaluation.overfitting import denoising_gap
 from genscale.evaluation.pretrained import pretrained_extractor
 from genscale.evaluation.real_images import StoredImages
 from genscale.generation.grid import grid, png_bytes, to_pixels
@@ -25,6 +28,9 @@ from genscale.runtime.device import pick_device
 from genscale.runtime.errors import UserError
 from genscale.runtime.files import write_atomically
 from genscale.training.restore import load_objective
+
+MOST_COMPARED = 2_000
+"""Images of either split whose loss is taken."""
 
 
 def evaluate_images(
@@ -55,7 +61,8 @@ def evaluate_images(
 
     Returns:
         what :func:`genscale.evaluation.image_scores.score_images` gives, with ``classifier``, its kind and its
-        accuracy on held-out images, where there is one, and ``recorded``. The closest pairs are also to be seen in the
+        accuracy on held-out images, where there is one; ``training_loss``, ``validation_loss`` and ``gap``, see
+        :func:`genscale.evaluation.overfitting.denoising_gap`; and ``recorded``. The closest pairs are also to be seen in the
         run's ``evaluation/closest-pairs.png``.
 
     Raises:
@@ -111,6 +118,10 @@ def evaluate_images(
     scores = (
         score_images(generated, intended, training, validation, sets, chosen, classes_of, classes, on_progress) | facts
     )
+    on_progress("loss", 0, None, "images")
+    streams = [ImageStream(ImageStore.open(path), split, run.recipe.seed) for split in ("train", "validation")]
+    compared = min(MOST_COMPARED, len(training), len(validation))
+    scores |= denoising_gap(objective, *streams, samples=compared, seed=run.recipe.seed, batch=64, device=place)
     folder = run.directory / "evaluation"
     folder.mkdir(exist_ok=True)
     pairs = [ClosestPair(**pair) for pair in scores["closest_pairs"]]
