@@ -62,8 +62,8 @@ def evaluate_images(
     Returns:
         what :func:`genscale.evaluation.image_scores.score_images` gives, with ``classifier``, its kind and its
         accuracy on held-out images, where there is one; ``training_loss``, ``validation_loss`` and ``gap``, see
-        :func:`genscale.evaluation.overfitting.denoising_gap`; and ``recorded``. The closest pairs are also to be seen in the
-        run's ``evaluation/closest-pairs.png``.
+        :func:`genscale.evaluation.overfitting.denoising_gap`; and ``recorded``. The closest pairs are also to be seen
+        in the run's ``evaluation/closest-pairs.png``.
 
     Raises:
         UserError: no run, store or checkpoint; fewer images than the metrics need; an extractor that is not there.

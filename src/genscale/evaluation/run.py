@@ -18,7 +18,8 @@ def evaluate(
         run: the run or its directory. Its data store is needed.
         checkpoint: ``best``, ``last``, or a step.
         options: of :func:`genscale.evaluation.text_evaluation.evaluate_text` (``baseline_tokens``, ``novelty``) or of
-            :func:`genscale.evaluation.image_evaluation.evaluate_images` (``count``, ``extractor``, ``sampling``, ``seed``, ``on_progress``).
+            :func:`genscale.evaluation.image_evaluation.evaluate_images` (``count``, ``extractor``,
+            ``sampling``, ``seed``, ``on_progress``).
 
     Returns:
         what these return.
