@@ -98,13 +98,14 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(words, message, end):
     [
         ("training.optimiser.kind=adamw", "training.optimiser: unknown key, did you mean 'optimizer'?"),
         ("model.layers=four", "model.layers: expected a whole number, found 'four'"),
-        ("model.heads=5", "model: heads (5) must divide width (256), or head_width be given"),
-        ("layout.micro_batch=99", "layout.micro_batch (99 samples) is larger than training.batch (16 samples)"),
+        ("model.heads=5", "model: heads (5) must divide width ({width}), or head_width be given"),
+        ("layout.micro_batch=99", "layout.micro_batch (99 samples) is larger than training.batch ({batch} samples)"),
     ],
 )
 def test_a_recipe_mistake_is_one_line_and_exit_code_2_in_every_command(command, override, message, end):
     recipe = ["--only", "language"] if command == ["demo"] else ["tiny"]
-    assert end(*command, *recipe, override) == (2, "", f"error: override '{override}': {message}\n")
+    told = message.format(width=192, batch=8) if command == ["demo"] else message.format(width=256, batch=16)
+    assert end(*command, *recipe, override) == (2, "", f"error: override '{override}': {told}\n")
 
 
 def test_a_mistake_in_a_file_as_a_user_sees_it(tmp_path):
