@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,7 @@ def small_image_recipe(folder: Path, store: Path, kind: str, **overrides: object
 
 
 def overridden(mapping: dict, overrides: dict[str, object]) -> Recipe:
+    mapping = copy.deepcopy(mapping)  # parts of it are shared by all tests
     for key, value in overrides.items():
         *path, last = key.split(".")
         part = mapping
