@@ -18,7 +18,7 @@ import torch
 from adversarial_loop import Game, Images, play_for
 from mnist import read_idx
 
-from genscale.recipe.image_model import GANModel
+from genscale.recipe.image_model import DCGANModel
 from genscale.recipe.image_objective import AdversarialObjective, Augmentation
 
 VARIANTS = ("none", "fixed", "adaptive")
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--r2", type=float, default=0.0)
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--speed", default="20k samples", help="in which the probability can go from 0 to 1")
-    parser.add_argument("--width", type=int, default=32, help="channels at full resolution")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64], help="channels of each level, finest first")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="a JSON file for the curves")
     options = parser.parse_args()
@@ -47,8 +47,8 @@ def main() -> None:
     held = read_idx(options.images, "t10k")
     training = Images(pixels, torch.arange(options.count)[:, None], labels)
     held_out = Images(held[0], torch.arange(options.held_out)[:, None], held[1])
-    width = options.width
-    model = GANModel(generator=(4 * width, 2 * width, width), discriminator=(width, 2 * width, 4 * width))
+    widths = tuple(options.widths)
+    model = DCGANModel(generator=widths[::-1], discriminator=widths)
     changes = {"rotate": 15.0, "translate": 0.125, "scale": 0.1, "colour": 0.5, "cutout": 0.4}
     curves: dict[str, list[dict[str, float]]] = {}
     for variant in options.only:

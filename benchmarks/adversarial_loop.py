@@ -14,7 +14,7 @@ from genscale.data.image_batch import ImageBatch
 from genscale.objectives.adversarial import Adversarial
 from genscale.objectives.image_request import ImageRequest
 from genscale.recipe.image_data import ImageData
-from genscale.recipe.image_model import GANModel
+from genscale.recipe.image_model import DCGANModel, GANModel
 from genscale.recipe.image_objective import AdversarialObjective
 from genscale.recipe.schema import Recipe
 from genscale.recipe.training import Training
@@ -50,12 +50,12 @@ class Game:
         self,
         training: Images,
         held_out: Images,
-        model: GANModel,
+        model: GANModel | DCGANModel,
         options: AdversarialObjective,
         *,
         batch: int = 64,
-        learning_rate: float = 5e-4,
-        beta2: float = 0.9,
+        learning_rate: float = 2e-3,
+        beta2: float = 0.99,
         half_life: int = 5000,
         seed: int = 0,
     ):

@@ -21,7 +21,7 @@ from mnist import read_idx
 
 from genscale.evaluation.classifier import Classifier, publish_classifier
 from genscale.evaluation.modes import Modes, modes, stacked_classes
-from genscale.recipe.image_model import GANModel
+from genscale.recipe.image_model import DCGANModel
 from genscale.recipe.image_objective import AdversarialObjective
 from genscale.runtime.randomness import generator
 
@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--classifier-images", type=int, default=180_000, help="seen by the classifier in training")
-    parser.add_argument("--width", type=int, default=32, help="channels at full resolution")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64], help="channels of each level, finest first")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--out", help="a JSON file for the curves")
     options = parser.parse_args()
 
@@ -79,8 +79,8 @@ def main() -> None:
         )  # fmt: skip
     print(f"classifier of digits: accuracy {facts['accuracy']:.4f} on the test split")
     training, held_out = stack(train[0], 128_000, "stacked"), stack(test[0], 1000, "stacked test")
-    width = options.width
-    model = GANModel(generator=(4 * width, 2 * width, width), discriminator=(width, 2 * width, 4 * width))
+    widths = tuple(options.widths)
+    model = DCGANModel(generator=widths[::-1], discriminator=widths)
     curves: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):
         for name in options.only:

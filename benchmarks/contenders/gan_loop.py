@@ -10,9 +10,9 @@ from image_shapes import RESOLUTION, SHAPES, Average, arguments, batches, size
 from torch.nn import functional as F
 
 from genscale.data.description import ImageDescription
-from genscale.models.gan import Discriminator, Generator
 from genscale.models.initialise import initialise
-from genscale.recipe.image_model import GANModel
+from genscale.models.players import build_discriminator, build_generator
+from genscale.recipe.image_model import DCGANModel, GANModel
 
 
 def main() -> None:
@@ -20,8 +20,9 @@ def main() -> None:
     shape = SHAPES[name]
     images = batches(folder, shape.batch, device)
     described = ImageDescription(channels=next(images).shape[1], resolution=RESOLUTION)
-    model = GANModel(latent=shape.latent, generator=shape.generator, discriminator=shape.discriminator)
-    generator, discriminator = Generator(model, described, False), Discriminator(model, described, False)
+    kind = DCGANModel if shape.kind == "dcgan" else GANModel
+    model = kind(latent=shape.latent, generator=shape.generator, discriminator=shape.discriminator)
+    generator, discriminator = build_generator(model, described, False), build_discriminator(model, described, False)
     for network in (generator, discriminator):
         initialise(network, 0)
         network.to(device)

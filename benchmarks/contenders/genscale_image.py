@@ -19,7 +19,7 @@ def networks(shape: UNetShape | GANShape) -> dict[str, Any]:
     if isinstance(shape, GANShape):
         return {
             "model": {
-                "kind": "gan",
+                "kind": shape.kind,
                 "latent": shape.latent,
                 "generator": shape.generator,
                 "discriminator": shape.discriminator,

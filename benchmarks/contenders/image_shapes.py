@@ -38,13 +38,15 @@ class UNetShape:
 
 @dataclass(frozen=True)
 class GANShape:
-    """Mirrored residual blocks without normalisation; relativistic loss with R1 and R2 at every step."""
+    """A pair of networks; relativistic loss with R1 and R2 at every step."""
 
+    kind: str
+    """``model.kind``: "gan" for mirrored residual blocks, "dcgan" for strided convolutions."""
     latent: int
     generator: tuple[int, ...]
     discriminator: tuple[int, ...]
     dcgan: int
-    """Step channels with which torchgan's DCGAN pair has as many multiplications."""
+    """Step channels with which torchgan's DCGAN pair is the same, or has as many multiplications."""
     batch: int
     penalty: float = 1.0
     learning_rate: float = 2e-4
@@ -55,8 +57,8 @@ class GANShape:
 SHAPES: dict[str, UNetShape | GANShape] = {
     "unet-small": UNetShape(32, (1, 2, 2), 1, (2,), 32, 64),
     "unet-9m": UNetShape(64, (1, 2, 2, 2), 2, (2, 3), 64, 64),
-    "gan-small": GANShape(64, (128, 64, 32), (32, 64, 128), 84, 64),
-    "gan": GANShape(64, (256, 128, 64), (64, 128, 256), 144, 64),
+    "gan-small": GANShape("dcgan", 64, (256, 128, 64), (64, 128, 256), 64, 64),
+    "gan": GANShape("gan", 64, (256, 128, 64), (64, 128, 256), 144, 64),
 }
 
 

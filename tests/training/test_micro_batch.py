@@ -16,6 +16,11 @@ BYTES = 1_000_000
 class Counted(torch.nn.Linear):
     """An objective as far as memory goes: 256 rows and a million bytes a sample."""
 
+    flops = 1e10
+
+    def flops_per_sample(self) -> float:
+        return self.flops
+
     def rows_per_sample(self) -> int:
         return 256
 
@@ -31,6 +36,12 @@ def test_auto_splits_a_large_batch_evenly() -> None:
     assert choose("auto", 16) == 16
     assert choose("auto", 100) == 50  # at most 64 samples of 256 rows at once: two equal passes
     assert choose("auto", 100, ranks=2) == 50
+
+
+def test_small_networks_take_more_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "flops", 1e9)
+    assert choose("auto", 100) == 100
+    assert choose("auto", 120) == 60  # at most 100 GFLOP at once, whatever the rows: two equal passes
 
 
 def test_auto_respects_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

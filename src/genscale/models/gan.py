@@ -19,8 +19,9 @@ from genscale.models.resampling import downsample, upsample
 from genscale.recipe.image_model import GANModel
 from genscale.runtime.errors import UserError
 
-_SLOPE = 0.2
-_GAIN = math.sqrt(2 / (1 + _SLOPE**2))
+SLOPE = 0.2
+"""Of activations where they are negative."""
+_GAIN = math.sqrt(2 / (1 + SLOPE**2))
 """Standard deviation of weights that make up for the activation (He et al. 2015), in units of 1 / sqrt(fan-in)."""
 
 
@@ -40,7 +41,8 @@ class Generator(nn.Module):
         super().__init__()
         self.shape = shape
         widths = shape.generator
-        side = _coarsest(widths, described.resolution, "generator")
+        side = coarsest(widths, len(widths) - 1, described.resolution, "generator")
+        self.bounded = described.autoencoder is None
         self.embedding = nn.Embedding(len(described.classes) + 1, shape.embedding) if conditional else None
         self.mix = nn.Linear(shape.latent + (shape.embedding if conditional else 0), widths[0], bias=False)
         self.basis = nn.Parameter(torch.randn(widths[0], side, side))
@@ -56,7 +58,7 @@ class Generator(nn.Module):
         x = self.blocks[0](x)
         for transition, blocks in zip(self.transitions, self.blocks[1:], strict=True):
             x = blocks(upsample(transition(x)))
-        return _at_least_float32(self.output(x))
+        return within_range(self.output(x), self.bounded)
 
     def initial_std(self, name: str, size: torch.Size) -> float:
         """Standard deviation of the first values of the parameter ``name``, normal around 0."""
@@ -81,7 +83,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.shape = shape
         widths = shape.discriminator
-        side = _coarsest(widths, described.resolution, "discriminator")
+        side = coarsest(widths, len(widths) - 1, described.resolution, "discriminator")
         self.input = nn.Conv2d(described.channels, widths[0], 1)
         self.blocks = nn.ModuleList(_blocks(width, shape) for width in widths)
         self.transitions = nn.ModuleList(_transition(*pair) for pair in pairwise(widths))
@@ -96,7 +98,7 @@ class Discriminator(nn.Module):
             x = blocks(x)
             if transition is not None:
                 x = transition(downsample(x))
-        x = _at_least_float32(self.mix((x * self.basis).sum(dim=(2, 3))))  # (batch, 1 or embedding)
+        x = at_least_float32(self.mix((x * self.basis).sum(dim=(2, 3))))  # (batch, 1 or embedding)
         # The class's vector is what the features are projected on (Miyato and Koyama 2018).
         return x.squeeze(1) if self.embedding is None else (x * self.embedding(labels)).sum(dim=1)
 
@@ -120,8 +122,8 @@ class ResidualBlock(nn.Module):
         self.narrow = nn.Conv2d(middle, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        middle = F.leaky_relu(self.widen(x), _SLOPE)
-        return x + self.narrow(F.leaky_relu(self.look(middle), _SLOPE))
+        middle = F.leaky_relu(self.widen(x), SLOPE)
+        return x + self.narrow(F.leaky_relu(self.look(middle), SLOPE))
 
 
 def _blocks(width: int, shape: GANModel) -> nn.Sequential:
@@ -132,10 +134,6 @@ def _transition(inputs: int, outputs: int) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _initial_std(name: str, size: torch.Size, blocks: int) -> float:
     if name.endswith(("bias", "narrow.weight")):
         return 0.0
@@ -144,14 +142,32 @@ def _initial_std(name: str, size: torch.Size, blocks: int) -> float:
     return std * _GAIN * blocks**-0.25 if name.endswith(("widen.weight", "look.weight")) else std
 
 
-def _coarsest(widths: tuple[int, ...], resolution: int, key: str) -> int:
-    """Height and width of the coarsest level."""
-    halvings = len(widths) - 1
+def within_range(x: Tensor, bounded: bool) -> Tensor:
+    """Images from what a generator ends in. Pixels are from -1 to 1, which latents of an autoencoder are not.
+
+    Without the bound a generator must learn to hit black and white exactly, since a discriminator tells any other value
+    apart at once: on Fashion-MNIST the Fréchet distance was twice as large (docs/experiments.md).
+    """
+    x = at_least_float32(x)
+    return x.tanh() if bounded else x
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def coarsest(widths: tuple[int, ...], halvings: int, resolution: int, key: str) -> int:
+    """Height and width of the coarsest level of images that are halved so many times.
+
+    Raises:
+        UserError: they cannot be. ``key`` is that of the levels' widths in ``model``.
+    """
     side, rest = divmod(resolution, 2**halvings)
     if rest or side < 2:
-        most = 1
-        while resolution % 2**most == 0 and resolution >> most >= 2:
+        most = 0
+        while resolution % 2 ** (most + 1) == 0 and resolution >> (most + 1) >= 2:
             most += 1
+        most = max(1, most + len(widths) - halvings)
         raise UserError(
             f"model.{key}: {len(widths)} levels halve the images {halvings} times, which {resolution} pixels do not "
             f"allow; give at most {most} levels, or another data.resolution"

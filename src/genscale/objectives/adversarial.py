@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from genscale.data.description import ImageDescription
 from genscale.data.image_batch import ImageBatch
-from genscale.models.gan import Discriminator, Generator
 from genscale.models.initialise import initialise
+from genscale.models.players import build_discriminator, build_generator
 from genscale.objectives.adaptive import AdaptiveProbability, overfitting_signs
 from genscale.objectives.adversarial_losses import (
     discriminator_loss,
@@ -31,7 +31,7 @@ from genscale.objectives.image_request import ImageRequest
 from genscale.objectives.moment_distance import MomentSpace, folds, squared_distance
 from genscale.objectives.network_cost import Cost, cost
 from genscale.objectives.objective import Loss, Objective, Phase
-from genscale.recipe.image_model import GANModel
+from genscale.recipe.image_model import DCGANModel, GANModel
 from genscale.recipe.image_objective import AdversarialObjective
 from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError
@@ -56,7 +56,7 @@ class Adversarial(Objective):
         """Raises UserError where classes are asked for that the data does not have."""
         super().__init__()
         assert isinstance(recipe.objective, AdversarialObjective)
-        assert isinstance(recipe.model, GANModel)
+        assert isinstance(recipe.model, GANModel | DCGANModel)
         self.options, self.shape, self.described = recipe.objective, recipe.model, described
         if self.options.conditioning == "class" and not described.classes:
             raise UserError("objective.conditioning: 'class' needs labels, and the data has none; use 'none' or 'auto'")
@@ -73,11 +73,11 @@ class Adversarial(Objective):
         self.adaptive = AdaptiveProbability(changes) if changes and changes.target else None
         self._space = MomentSpace(described.channels, described.resolution)
 
-    def _generator(self) -> Generator:
-        return Generator(self.shape, self.described, self.conditional)
+    def _generator(self) -> nn.Module:
+        return build_generator(self.shape, self.described, self.conditional)
 
-    def _discriminator(self) -> Discriminator:
-        return Discriminator(self.shape, self.described, self.conditional)
+    def _discriminator(self) -> nn.Module:
+        return build_discriminator(self.shape, self.described, self.conditional)
 
     def weight(self, phase: Phase, batch: ImageBatch) -> Tensor:
         return torch.tensor(len(batch), device=batch.images.device)

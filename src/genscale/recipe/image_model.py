@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from genscale.recipe.base import Part
 
@@ -140,3 +140,18 @@ class GANModel(Part):
                         f"({self.expansion}); null makes one group"
                     )
         return self
+
+
+class DCGANModel(Part):
+    """A small generator and discriminator of strided convolutions (DCGAN, Radford et al. 2016): for small images and
+    small machines."""
+
+    kind: Literal["dcgan"] = "dcgan"
+    latent: int = Field(default=64, ge=1)
+    """Numbers that an image is drawn from."""
+    generator: tuple[PositiveInt, ...] = Field(default=(64, 32), min_length=1)
+    """Channels before each doubling of the resolution, from the coarsest."""
+    discriminator: tuple[PositiveInt, ...] = Field(default=(32, 64), min_length=1)
+    """Channels after each halving of the resolution, from the finest."""
+    embedding: int = Field(default=64, ge=1)
+    """Width of a class's vector."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from genscale.recipe.base import Part
-from genscale.recipe.image_model import DiffusionTransformerModel, GANModel, UNetModel
+from genscale.recipe.image_model import DCGANModel, DiffusionTransformerModel, GANModel, UNetModel
 
 
 class RotaryScaling(Part):
@@ -96,4 +96,6 @@ class TransformerModel(Part):
         return -(-8 * self.width // 3 // 64) * 64 if self.gated else 4 * self.width
 
 
-Model = Annotated[TransformerModel | DiffusionTransformerModel | UNetModel | GANModel, Field(discriminator="kind")]
+Model = Annotated[
+    TransformerModel | DiffusionTransformerModel | UNetModel | GANModel | DCGANModel, Field(discriminator="kind")
+]

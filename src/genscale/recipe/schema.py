@@ -17,7 +17,7 @@ from genscale.recipe.training import Layout, Training
 _MODELS = {
     "text": ("transformer",),
     "diffusion": ("diffusion_transformer", "unet"),
-    "adversarial": ("gan",),
+    "adversarial": ("gan", "dcgan"),
 }
 _FAMILIES = {
     "causal": "text",
