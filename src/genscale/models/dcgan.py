@@ -18,7 +18,6 @@ from genscale.data.description import ImageDescription
 from genscale.models.gan import SLOPE, at_least_float32, coarsest, within_range
 from genscale.recipe.image_model import DCGANModel
 
-
 _CALM = 0.4
 """First weights, in units of those that keep the variance: a discriminator that begins flat lets the generator follow.
 On Fashion-MNIST classes were drawn right in 94 of 100 images rather than 88 (docs/experiments.md)."""
