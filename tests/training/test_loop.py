@@ -183,16 +183,16 @@ def test_another_recipe_in_the_same_directory_is_refused(recipe: MakeRecipe) -> 
         train(recipe(**{"training.budget": "3 steps"}), show_progress=False)
 
 
-def test_a_discriminator_that_wins_is_told_of_once(recipe_of: MakeRecipe) -> None:
+def test_a_game_that_is_lost_is_told_of_once(recipe_of: MakeRecipe) -> None:
     run = train(
         recipe_of(
             "adversarial",
             **{
-                "model": {"kind": "dcgan", "latent": 4, "generator": [2], "discriminator": [32], "embedding": 8},
+                "model": {"kind": "gan", "latent": 4, "generator": [2], "discriminator": [32], "group_width": None},
                 "objective": {"kind": "adversarial", "loss": "non_saturating", "r1": 0.0, "r2": 0.0},
                 "training.budget": "200 steps",
                 "training.batch": "64 samples",
-                "training.optimizer.learning_rate": 0.01,
+                "training.optimizer.learning_rate": 0.03,
                 "training.guard": {"spike": None},
                 "training.validation.every": "100 steps",
                 "layout.micro_batch": 64,
@@ -200,7 +200,8 @@ def test_a_discriminator_that_wins_is_told_of_once(recipe_of: MakeRecipe) -> Non
         ),
         show_progress=False,
     )
-    told = [event for event in run.events() if event["kind"] == "discriminator_wins"]
-    assert len(told) == 1
-    assert told[0]["step"] * 64 >= 10_000
-    assert "try a larger objective.r1 and objective.r2" in told[0]["message"]
+    told = {event["kind"]: event for event in run.events()}
+    for kind in ("collapse", "discriminator_wins"):
+        assert [event["kind"] for event in run.events()].count(kind) == 1
+        assert told[kind]["step"] * 64 >= 10_000
+        assert "try" in told[kind]["message"]
