@@ -33,20 +33,20 @@ def test_features_are_those_of_a_step_of_a_thousand():
 def test_neighbouring_levels_differ_and_bfloat16_does_not_confuse_them():
     network = condition("none")
     levels = torch.tensor([0.500, 0.501, 0.502])
-    apart = (network(levels)[1:] - network(levels)[:-1]).norm(dim=1)
+    apart = (network(levels).vector[1:] - network(levels).vector[:-1]).norm(dim=1)
     with torch.autocast("cpu", torch.bfloat16):
-        roughly = network(levels).float()
-    assert (roughly - network(levels)).norm(dim=1).max() < apart.min() / 4
-    half = condition("none").to(torch.bfloat16)(levels)
+        roughly = network(levels).vector.float()
+    assert (roughly - network(levels).vector).norm(dim=1).max() < apart.min() / 4
+    half = condition("none").to(torch.bfloat16)(levels).vector
     assert half.dtype == torch.bfloat16
-    assert (half.float() - network(levels)).norm(dim=1).max() < apart.min() / 4
+    assert (half.float() - network(levels).vector).norm(dim=1).max() < apart.min() / 4
 
 
 def test_the_label_after_the_last_means_none():
     network = condition("class")
-    nothing = network(LEVELS)
-    torch.testing.assert_close(network(LEVELS, torch.tensor([3, 3, 3])), nothing)
-    told = network(LEVELS, torch.tensor([0, 3, 2]))
+    nothing = network(LEVELS).vector
+    torch.testing.assert_close(network(LEVELS, torch.tensor([3, 3, 3])).vector, nothing)
+    told = network(LEVELS, torch.tensor([0, 3, 2])).vector
     assert torch.equal(told[1], nothing[1])
     assert (told - nothing)[[0, 2]].norm(dim=1).min() > 0.5
 
@@ -54,14 +54,16 @@ def test_the_label_after_the_last_means_none():
 def test_what_the_network_is_not_told_changes_nothing():
     network = condition("none")
     captions = torch.ones(3, 6, dtype=torch.long)
-    assert torch.equal(network(LEVELS, torch.tensor([0, 1, 2]), captions, torch.ones(3, 4)), network(LEVELS))
+    assert torch.equal(
+        network(LEVELS, torch.tensor([0, 1, 2]), captions, torch.ones(3, 4)).vector, network(LEVELS).vector
+    )
 
 
 def test_a_caption_of_zeros_is_no_caption():
     network = condition("text")
-    nothing = network(LEVELS)
+    nothing = network(LEVELS).vector
     captions = torch.tensor([[5, 9, 2, 0, 0, 0], [0] * 6, [7, 7, 0, 0, 0, 0]])
-    told = network(LEVELS, captions=captions)
+    told = network(LEVELS, captions=captions).vector
     assert torch.equal(told[1], nothing[1])
     assert (told - nothing)[[0, 2]].norm(dim=1).min() > 0.1
 
@@ -73,20 +75,22 @@ def test_padding_and_neighbours_in_the_batch_do_not_show_and_order_does():
         for parameter in encoder.parameters():
             parameter.mul_(3)  # so that attention is not almost even
     captions = torch.tensor([[5, 9, 2, 0, 0, 0], [4, 5, 6, 7, 8, 9]])
-    together = encoder(captions)
-    torch.testing.assert_close(encoder(torch.tensor([[5, 9, 2]]))[0], together[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(encoder(captions[1:])[0], together[1], atol=1e-5, rtol=1e-5)
-    turned = encoder(torch.tensor([[9, 5, 2, 0, 0, 0]]))[0]
+    together, words = encoder(captions)
+    alone, its_words = encoder(torch.tensor([[5, 9, 2]]))
+    torch.testing.assert_close(alone[0], together[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(its_words[0], words[0, :3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder(captions[1:])[0][0], together[1], atol=1e-5, rtol=1e-5)
+    turned = encoder(torch.tensor([[9, 5, 2, 0, 0, 0]]))[0][0]
     assert (turned - together[0]).norm() > 0.01 * together[0].norm()
 
 
 def test_augmentation_of_zeros_says_nothing_and_the_rest_adds_up():
     network = condition("class", augmentation_width=4)
-    nothing = network(LEVELS)
+    nothing = network(LEVELS).vector
     one, other = torch.randn(2, 3, 4)
-    assert torch.equal(network(LEVELS, augmentation=torch.zeros(3, 4)), nothing)
-    separately = (network(LEVELS, augmentation=x) - nothing for x in (one, other))
-    torch.testing.assert_close(sum(separately), network(LEVELS, augmentation=one + other) - nothing)
+    assert torch.equal(network(LEVELS, augmentation=torch.zeros(3, 4)).vector, nothing)
+    separately = (network(LEVELS, augmentation=x).vector - nothing for x in (one, other))
+    torch.testing.assert_close(sum(separately), network(LEVELS, augmentation=one + other).vector - nothing)
 
 
 def test_first_weights_are_a_function_of_the_name_and_make_all_parts_heard():

@@ -104,6 +104,24 @@ def test_all_that_is_told_counts(name):
 
 
 @ALL
+def test_a_caption_is_read_word_by_word(name):
+    network, given = awake(denoiser(name, "text")), inputs(batch=2)
+    network.condition.caption.output.weight.data.zero_()  # so that nothing goes by the mean of the words
+    captions = torch.tensor([[5, 9, 2, 0, 0], [4, 7, 0, 0, 0]])
+
+    def answer(captions):
+        return network(**given | {"captions": captions})
+
+    told, untold = answer(captions), answer(None)
+    assert not torch.allclose(told, untold, atol=1e-4)
+    torch.testing.assert_close(answer(torch.zeros(2, 5, dtype=torch.long)), untold, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(answer(captions[:, :3]), told, atol=1e-5, rtol=1e-5)  # padding is not read
+    one_left_out = answer(captions * torch.tensor([[1], [0]]))
+    torch.testing.assert_close(one_left_out, torch.stack((told[0], untold[1])), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(answer(torch.tensor([[9, 5, 2, 0, 0], [4, 7, 0, 0, 0]]))[0], told[0], atol=1e-4)
+
+
+@ALL
 def test_weights_are_a_function_of_the_seed_and_the_name(name):
     torch.rand(3)
     one, two, other = (denoiser(name, seed=seed).state_dict() for seed in (0, 0, 1))

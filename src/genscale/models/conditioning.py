@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,19 @@ _RANGE = 1000.0
 """Radians that the fastest feature turns by as the noise level goes from 0 to 1: one for each step of DDPM's 1,000."""
 
 
+class Told(NamedTuple):
+    """What blocks are told of each image."""
+
+    vector: Tensor
+    """(batch, width): all of it in one sum."""
+    tokens: Tensor | None
+    """(batch, tokens, width of the text encoder): the caption word by word; None: no image has one."""
+    shown: Tensor | None
+    """(batch, tokens) bool: which of them are words and not padding."""
+
+
 class Condition(nn.Module):
-    """All that is told, summed into one vector for each image: (batch, width).
+    """All that is told: summed into one vector for each image, and a caption also word by word.
 
     Args:
         described: the images, and so the number of classes or the captions' vocabulary.
@@ -58,8 +69,8 @@ class Condition(nn.Module):
         labels: Tensor | None = None,
         captions: Tensor | None = None,
         augmentation: Tensor | None = None,
-    ) -> Tensor:
-        """(batch, width).
+    ) -> Told:
+        """What is told of a batch of images.
 
         Args:
             noise_level: (batch,) floats of the order of 1.
@@ -72,11 +83,13 @@ class Condition(nn.Module):
             x = x + self.classes(
                 torch.full_like(noise_level, self.none, dtype=torch.long) if labels is None else labels
             )
+        tokens = shown = None
         if self.caption is not None and captions is not None:
-            x = x + self.caption(captions)
+            pooled, tokens = self.caption(captions)
+            x, shown = x + pooled, captions != 0
         if self.augmentation is not None and augmentation is not None:
             x = x + self.augmentation(augmentation.to(self.augmentation.weight.dtype))
-        return x
+        return Told(x, tokens, shown)
 
     def initial_std(self, name: str, size: torch.Size) -> float:
         """Classes begin as different as noise levels are; else nothing is louder than what it came from."""
@@ -112,9 +125,9 @@ class NoiseEmbedding(nn.Module):
 
 
 class CaptionEncoder(nn.Module):
-    """A caption, (batch, tokens) int64 with 0 for padding, as a vector, (batch, width); all zeros become zeros.
+    """A caption, (batch, tokens) int64 with 0 for padding, as a vector, (batch, width), and as one for each token.
 
-    A transformer that reads both ways, trained along, and the mean over its tokens.
+    A transformer that reads both ways, trained along, and the mean over its tokens; all zeros become a vector of zeros.
     """
 
     def __init__(self, described: ImageDescription, text: TextEncoder, width: int):
@@ -129,12 +142,13 @@ class CaptionEncoder(nn.Module):
         self.encoder = Transformer(shape, described.caption_vocabulary, causal=False)
         self.output = nn.Linear(text.width, width, bias=False)
 
-    def forward(self, captions: Tensor) -> Tensor:
+    def forward(self, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean, (batch, width), and (batch, tokens, text width)."""
         real = captions != 0
         hidden = self.encoder.hidden(captions, documents=real.long())  # tokens see tokens, padding sees padding
         count = real.sum(dim=1, keepdim=True).clamp(min=1)
         weight = (real / count).to(hidden.dtype)  # (batch, tokens)
-        return self.output((weight.unsqueeze(1) @ hidden).squeeze(1))
+        return self.output((weight.unsqueeze(1) @ hidden).squeeze(1)), hidden
 
     def initial_std(self, name: str, size: torch.Size) -> float:
         return fan_in_std(name, size)

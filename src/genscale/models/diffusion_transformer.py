@@ -85,6 +85,7 @@ class DiffusionTransformer(nn.Module):
             described, conditioning, _NOISE_FEATURES, shape.width, shape.text_encoder, augmentation_width
         )
         self.input = nn.Linear(pixels, shape.width)
+        self.caption_input = nn.Linear(shape.text_encoder.width, shape.width) if conditioning == "text" else None
         self.position_embedding = Embedding(side**2, shape.width) if shape.positions == "learned" else None
         self.rotary = GridRotary(shape.width_of_head) if shape.positions == "rotary" else None
         self.blocks = nn.ModuleList(DiffusionBlock(shape) for _ in range(shape.layers))
@@ -102,20 +103,28 @@ class DiffusionTransformer(nn.Module):
     ) -> Tensor:
         """(batch, channels, height, width) to the same; the other arguments are those of ``Condition.forward``."""
         rows, columns = (size // self.shape.patch for size in x.shape[2:])
-        condition = F.silu(self.condition(noise_level, labels, captions, augmentation))  # (batch, width)
+        told = self.condition(noise_level, labels, captions, augmentation)
+        condition = F.silu(told.vector)  # (batch, width)
         y = self.input(patches_of(x, self.shape.patch))  # (batch, rows x columns, width)
         if self.position_embedding is not None:
             y = y + self.position_embedding.weight
         y, condition = in_compute_dtype(y), in_compute_dtype(condition)
         rotation = None if self.rotary is None else self.rotary(rows, columns, x.device, y.dtype)
-        mask = AttentionMask(rows * columns, rows * columns, causal=False, device=x.device)
+        words, documents = 0, None
+        if self.caption_input is not None and told.tokens is not None and told.shown is not None:
+            # The caption's words stand before the patches and are attended to like them; padding is seen by itself.
+            words = told.tokens.shape[1]
+            y = torch.cat((self.caption_input(told.tokens).to(y.dtype), y), dim=1)
+            documents = F.pad(told.shown.long(), (0, rows * columns), value=1)
+            rotation = None if rotation is None else unturned_before(rotation, words)
+        mask = AttentionMask(y.shape[1], y.shape[1], causal=False, documents=documents, device=x.device)
         recompute = self.recompute and self.training and is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 y = checkpoint(block, y, condition, mask, rotation, use_reentrant=False)
             else:
                 y = block(y, condition, mask, rotation)
-        y = self.output(self.norm(y, *self.modulation(condition)))
+        y = self.output(self.norm(y[:, words:], *self.modulation(condition)))
         return image_of(y, self.shape.patch, rows).to(x.dtype)
 
     def initial_std(self, name: str, size: torch.Size) -> float:
@@ -123,6 +132,12 @@ class DiffusionTransformer(nn.Module):
         if name == "output.weight":
             return 0.0
         return 0.02 if name == "position_embedding.weight" else fan_in_std(name, size)
+
+
+def unturned_before(rotation: Rotation, count: int) -> Rotation:
+    """A rotation for ``count`` more tokens, in front of the others, that stay as they are."""
+    cosines, sines = rotation
+    return F.pad(cosines, (0, 0, count, 0), value=1.0), F.pad(sines, (0, 0, count, 0))
 
 
 def patches_of(images: Tensor, patch: int) -> Tensor:

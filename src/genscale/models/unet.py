@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from genscale.data.description import ImageDescription
-from genscale.models.conditioning import Condition, ConditionKind
+from genscale.models.conditioning import Condition, ConditionKind, Told
 from genscale.models.group_norm import GroupNorm
 from genscale.models.initialise import fan_in_std
-from genscale.models.layers import Attention, in_compute_dtype
+from genscale.models.layers import Attention, AttentionMask, in_compute_dtype
 from genscale.models.upsample import Upsample
 from genscale.recipe.image_model import UNetModel
 from genscale.runtime.errors import UserError
@@ -46,31 +46,41 @@ class ResidualBlock(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Attention of every pixel to all, added to the input."""
+    """Attention of every pixel to all, and to the caption's words, added to the input."""
 
-    def __init__(self, channels: int, head_width: int, groups: int):
+    def __init__(self, channels: int, head_width: int, groups: int, caption_width: int | None):
         super().__init__()
         self.norm = GroupNorm(groups, channels)
+        self.caption_input = nn.Linear(caption_width, channels) if caption_width else None
         self.attention = Attention(channels, channels // head_width, bias=True, query_key_value_bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, told: Told) -> Tensor:
         """(batch, channels, height, width) to the same."""
-        y = self.attention(self.norm(x).flatten(2).transpose(1, 2))
+        y = self.norm(x).flatten(2).transpose(1, 2)  # (batch, pixels, channels)
+        words, mask = 0, None
+        if self.caption_input is not None and told.tokens is not None and told.shown is not None:
+            words = told.tokens.shape[1]
+            documents = F.pad(told.shown.long(), (0, y.shape[1]), value=1)  # padding is seen by itself alone
+            y = torch.cat((self.caption_input(told.tokens).to(y.dtype), y), dim=1)
+            mask = AttentionMask(y.shape[1], y.shape[1], causal=False, documents=documents, device=x.device)
+        y = self.attention(y, mask)[:, words:]
         return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class UNetBlock(nn.Module):
     """A residual block and, at some levels, attention."""
 
-    def __init__(self, inputs: int, outputs: int, told: int, shape: UNetModel, attends: bool):
+    def __init__(self, inputs: int, outputs: int, told: int, shape: UNetModel, attends: bool, captions: bool):
         super().__init__()
         groups = math.gcd(_MOST_GROUPS, shape.width)
         self.residual = ResidualBlock(inputs, outputs, told, groups, shape.dropout)
-        self.attention = ImageAttention(outputs, shape.head_width, groups) if attends else None
+        caption_width = shape.text_encoder.width if captions else None
+        self.attention = ImageAttention(outputs, shape.head_width, groups, caption_width) if attends else None
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        x = self.residual(x, condition)
-        return x if self.attention is None else self.attention(x)
+    def forward(self, x: Tensor, told: Told) -> Tensor:
+        """(batch, inputs, height, width) to (batch, outputs, height, width); the vector that is told is activated."""
+        x = self.residual(x, told.vector)
+        return x if self.attention is None else self.attention(x, told)
 
 
 class UNet(nn.Module):
@@ -107,7 +117,7 @@ class UNet(nn.Module):
         self.condition = Condition(described, conditioning, shape.width, told, shape.text_encoder, augmentation_width)
 
         def block(inputs: int, outputs: int, level: int) -> UNetBlock:
-            return UNetBlock(inputs, outputs, told, shape, level in shape.attention)
+            return UNetBlock(inputs, outputs, told, shape, level in shape.attention, conditioning == "text")
 
         self.input = nn.Conv2d(described.channels, shape.width, 3, padding=1)
         channels = shape.width
@@ -124,7 +134,9 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.downsamples.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
                 kept.append(channels)
-        self.middle = nn.ModuleList(UNetBlock(channels, channels, told, shape, attends) for attends in (True, False))
+        self.middle = nn.ModuleList(
+            UNetBlock(channels, channels, told, shape, attends, conditioning == "text") for attends in (True, False)
+        )
         self.up, self.upsamples = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             blocks = nn.ModuleList()
@@ -146,29 +158,30 @@ class UNet(nn.Module):
         augmentation: Tensor | None = None,
     ) -> Tensor:
         """(batch, channels, height, width) to the same; the other arguments are those of ``Condition.forward``."""
-        condition = in_compute_dtype(F.silu(self.condition(noise_level, labels, captions, augmentation)))
+        told = self.condition(noise_level, labels, captions, augmentation)
+        told = told._replace(vector=in_compute_dtype(F.silu(told.vector)))
         y = self.input(x)
         kept = [y]
         for level, blocks in enumerate(self.down):
             for block in blocks.children():
-                y = self._run(block, y, condition)
+                y = self._run(block, y, told)
                 kept.append(y)
             if level < len(self.downsamples):
                 y = self.downsamples[level](y)
                 kept.append(y)
         for block in self.middle:
-            y = self._run(block, y, condition)
+            y = self._run(block, y, told)
         for level, blocks in enumerate(self.up):
             for block in blocks.children():
-                y = self._run(block, torch.cat((y, kept.pop()), dim=1), condition)
+                y = self._run(block, torch.cat((y, kept.pop()), dim=1), told)
             if level < len(self.upsamples):
                 y = self.upsamples[level](y)
         return self.output(self.norm(y)).to(x.dtype)
 
-    def _run(self, block: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, told: Told) -> Tensor:
         if self.recompute and self.training and is_grad_enabled():
-            return checkpoint(block, x, condition, use_reentrant=False)
-        return block(x, condition)
+            return checkpoint(block, x, told, use_reentrant=False)
+        return block(x, told)
 
     def initial_std(self, name: str, size: torch.Size) -> float:
         """Each branch and the answer begin at zero; the rest keeps its input's variance."""
