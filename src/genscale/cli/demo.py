@@ -23,8 +23,8 @@ def demo(overrides: tuple[str, ...], only: str | None, as_json: bool) -> None:
     """The whole life-cycle on real data that is already here, for three models: a language model on the sources of
     Python's own standard library, a diffusion model and a GAN on scanned digits.
 
-    A quarter of an hour on two free CPU cores, less where they have bf16. Ctrl-C at any moment is safe; the same
-    command goes on from there.
+    About ten minutes on two free CPU cores, less where they have bf16. Ctrl-C at any moment is safe; the same command
+    goes on from there.
     OVERRIDES change the recipe of the one family that --only names, for example training.budget='1M tokens'.
     """
     import json
