@@ -193,7 +193,6 @@ def test_a_game_that_is_lost_is_told_of_once(recipe_of: MakeRecipe) -> None:
                 "training.budget": "200 steps",
                 "training.batch": "64 samples",
                 "training.optimizer.learning_rate": 0.03,
-                "training.guard": {"spike": None},
                 "training.validation.every": "100 steps",
                 "layout.micro_batch": 64,
             },
