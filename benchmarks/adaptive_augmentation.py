@@ -3,14 +3,16 @@
     python benchmarks/adaptive_augmentation.py --images FOLDER --seconds 900
 
 The same pair learns from 1,000 images in MNIST's form, once as they are and once with augmentation whose probability
-follows the discriminator's overfitting. The gap is the mean logit of training images above that of held-out ones, in
-units of the distance between training and generated images: 0 without overfitting, 1 when held-out images look no more
-real than generated ones (Karras et al. 2020, equation 1). Both are scored on the same held-out images.
+follows the discriminator's overfitting. The gap is the mean logit of training images above that of held-out ones;
+relative, in units of the distance between training and generated images, it is 0 without overfitting, and 1 when
+held-out images look no more real than generated ones (Karras et al. 2020, equation 1). Both are scored on the same
+held-out images.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--speed", default="20k samples", help="in which the probability can go from 0 to 1")
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64], help="channels of each level, finest first")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", help="a JSON file for the curves")
     options = parser.parse_args()
 
@@ -51,7 +53,7 @@ def main() -> None:
     model = DCGANModel(generator=widths[::-1], discriminator=widths)
     changes = {"rotate": 15.0, "translate": 0.125, "scale": 0.1, "colour": 0.5, "cutout": 0.4}
     curves: dict[str, list[dict[str, float]]] = {}
-    for variant in options.only:
+    for seed, variant in itertools.product(options.seeds, options.only):
         augmentation = {
             "none": None,
             "fixed": Augmentation(probability=0.5, **changes),
@@ -60,9 +62,9 @@ def main() -> None:
         game = Game(
             training, held_out, model,
             AdversarialObjective(loss=options.loss, r1=options.r1, r2=options.r2, augmentation=augmentation),
-            learning_rate=options.learning_rate, seed=options.seed,
+            learning_rate=options.learning_rate, seed=seed,
         )  # fmt: skip
-        curve = curves[variant] = []
+        curve = curves[f"{variant}, seed {seed}"] = []
         for spent, measured in play_for(game, options.seconds, options.every or options.seconds / 10):
             adaptive = game.objective.adaptive
             curve.append(
@@ -71,15 +73,16 @@ def main() -> None:
                     "images": game.step * game.batch,
                     "sign": measured["discriminator_sign"],
                     "probability": 0.0 if adaptive is None else adaptive.probability.item(),
-                    **game.scores(),
+                    "distance": game.scores()["loss"],
+                    **game.held_out_gap(),
                 }
             )
-            print(json.dumps({"variant": variant, **curve[-1]}), flush=True)
+            print(json.dumps({"variant": variant, "seed": seed, **curve[-1]}), flush=True)
     print("\n| augmentation | images seen | gap, logits | gap, relative | sign of real | probability | distance |")
     print("|---|---|---|---|---|---|---|")
     for variant, curve in curves.items():
         for row in curve:
-            names = ("discriminator_gap", "overfitting", "sign", "probability", "loss")
+            names = ("gap", "relative", "sign", "probability", "distance")
             print(f"| {variant} | {row['images']:,} | {' | '.join(f'{row[name]:.3g}' for name in names)} |")
     if options.out:
         Path(options.out).write_text(json.dumps(curves, indent=2) + "\n")

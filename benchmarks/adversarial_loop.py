@@ -111,6 +111,23 @@ class Game:
                     means[name] = before[0] + total.double(), before[1] + count.double()
         return objective.scores({name: total / count for name, (total, count) in means.items()})
 
+    @torch.no_grad()
+    def held_out_gap(self, batch: int = 500) -> dict[str, float]:
+        """How far the discriminator's mean logit at all training images is above that at held-out ones, as it is now
+        and without augmentation; ``relative`` is in units of its distance to images that the generator draws now."""
+        judge, maker = (self.objective.eval().networks[name] for name in ("discriminator", "generator"))
+        logits: dict[str, list[Tensor]] = {"training": [], "held out": [], "drawn": []}
+        for name, images in (("training", self.training), ("held out", self.held_out)):
+            for numbers in torch.arange(len(images.channels)).split(batch):
+                found = images.batch(numbers)
+                logits[name].append(judge(found.images, found.labels))
+                if name == "held out":
+                    latents = Rng(self.seed, 0, "gap", numbers).normal("latent", (self.objective.shape.latent,))
+                    logits["drawn"].append(judge(maker(latents, found.labels), found.labels))
+        means = {name: torch.cat(each).mean().item() for name, each in logits.items()}
+        gap = means["training"] - means["held out"]
+        return {"gap": gap, "relative": gap / (means["training"] - means["drawn"])}
+
     def draw(self, count: int, labels: Tensor | None = None, batch: int = 500) -> Tensor:
         """(count, channels, resolution, resolution) by the averaged generator."""
         drawn = []

@@ -10,7 +10,6 @@ kernel distance decides, because it is unbiased at any number of images.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -19,44 +18,30 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import genscale
-from genscale.recipe.load import load_recipe, recipe_from_mapping
 from genscale.recipe.schema import Recipe
 from genscale.training import loop
 
 DIFFUSION, GAN = "fashion-mnist-diffusion", "fashion-mnist-gan"
-TRANSFORMER = {"kind": "diffusion_transformer", "layers": 6, "width": 192, "heads": 3}
-RESIDUAL_PAIR = {"kind": "gan", "latent": 64, "generator": [96, 48, 24], "discriminator": [24, 48, 96]}
-CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
-    "UNet of width 32, flow": (DIFFUSION, {}),
-    "UNet of width 64, flow": (DIFFUSION, {"model": {"width": 64, "head_width": 64}}),
-    "UNet of width 32, EDM": (DIFFUSION, {"objective": {"kind": "edm"}}),
+SLOWER = "training.optimizer.learning_rate=0.001"
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "UNet of width 32, flow": (DIFFUSION,),
+    "UNet of width 64, flow": (DIFFUSION, "model.width=64", "model.head_width=64"),
+    "UNet of width 32, EDM": (DIFFUSION, "objective={kind: edm, augmentation: {flip: true, probability: 0.5}}"),
     "diffusion transformer 6 x 192, patch 4, flow": (
         DIFFUSION,
-        {"model=": {**TRANSFORMER, "patch": 4}, "training": {"optimizer": {"learning_rate": 0.001}}},
+        "model={kind: diffusion_transformer, layers: 6, width: 192, heads: 3, patch: 4}",
+        SLOWER,
     ),
-    "DCGAN pair": (GAN, {}),
-    "residual pair (R3GAN)": (GAN, {"model=": RESIDUAL_PAIR, "training": {"optimizer": {"learning_rate": 0.001}}}),
+    "DCGAN pair": (GAN,),
+    "residual pair (R3GAN)": (GAN, "model={kind: gan, generator: [96, 48, 24], discriminator: [24, 48, 96]}", SLOWER),
 }
-"""The recipe, and what is changed in it; ``key=`` replaces the whole part."""
+"""The recipe, and the overrides of it."""
 
 
 def candidate(name: str, folder: Path, store: Path, budget: str) -> Recipe:
-    recipe, changes = CANDIDATES[name]
-    mapping = copy.deepcopy(load_recipe(recipe).model_dump(mode="json", exclude_unset=True))
-    changes = {**changes, "run": str(folder / "run"), "data": {"store": str(store)}}
-    merge(mapping, changes)
-    merge(mapping, {"training": {"budget": budget}, "layout": {"precision": "fp32"}})
-    return recipe_from_mapping(mapping)
-
-
-def merge(mapping: dict[str, Any], changes: dict[str, Any]) -> None:
-    for key, value in changes.items():
-        if key.endswith("="):
-            mapping[key[:-1]] = value
-        elif isinstance(value, dict):
-            merge(mapping.setdefault(key, {}), value)
-        else:
-            mapping[key] = value
+    recipe, *overrides = CANDIDATES[name]
+    lies = (f"run={folder / 'run'}", f"data.store={store}", f"training.budget={budget}", "layout.precision=fp32")
+    return genscale.load_recipe(recipe, [*overrides, *lies])
 
 
 def seconds_per_image(name: str, store: Path, steps: int) -> float:

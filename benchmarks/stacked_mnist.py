@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="CPU-seconds for each variant, all threads together")
     parser.add_argument("--every", type=float, help="CPU-seconds between counts; by default a fifth of all")
     parser.add_argument("--samples", type=int, default=25_600, help="generated images in each count")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--classifier-images", type=int, default=180_000, help="seen by the classifier in training")
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 64], help="channels of each level, finest first")
@@ -82,7 +82,7 @@ def main() -> None:
     widths = tuple(options.widths)
     model = DCGANModel(generator=widths[::-1], discriminator=widths)
     curves: dict[str, list[dict[str, float]]] = {}
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for name in options.only:
             game = Game(
                 training, held_out, model, AdversarialObjective(**VARIANTS[name]),

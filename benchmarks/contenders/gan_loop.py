@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from genscale.data.description import ImageDescription
 from genscale.models.initialise import initialise
-from genscale.models.players import build_discriminator, build_generator
+from genscale.models.players import build_player
 from genscale.recipe.image_model import DCGANModel, GANModel
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     described = ImageDescription(channels=next(images).shape[1], resolution=RESOLUTION)
     kind = DCGANModel if shape.kind == "dcgan" else GANModel
     model = kind(latent=shape.latent, generator=shape.generator, discriminator=shape.discriminator)
-    generator, discriminator = build_generator(model, described, False), build_discriminator(model, described, False)
+    generator, discriminator = (build_player(role, model, described, False) for role in ("generator", "discriminator"))
     for network in (generator, discriminator):
         initialise(network, 0)
         network.to(device)

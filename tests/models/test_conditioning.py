@@ -54,9 +54,9 @@ def test_the_label_after_the_last_means_none():
 def test_what_the_network_is_not_told_changes_nothing():
     network = condition("none")
     captions = torch.ones(3, 6, dtype=torch.long)
-    assert torch.equal(
-        network(LEVELS, torch.tensor([0, 1, 2]), captions, torch.ones(3, 4)).vector, network(LEVELS).vector
-    )
+    told = network(LEVELS, torch.tensor([0, 1, 2]), captions, torch.ones(3, 4))
+    assert told.words is None
+    assert torch.equal(told.vector, network(LEVELS).vector)
 
 
 def test_a_caption_of_zeros_is_no_caption():

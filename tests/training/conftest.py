@@ -79,8 +79,6 @@ def small_image_recipe(folder: Path, store: Path, kind: str, **overrides: object
         "layout": {"device": "cpu", "precision": "fp32", "compile": False, "micro_batch": 8},
         "sampling": {"kind": "images", "count": 4, "steps": 2},
     }
-    if kind == "adversarial":  # as in every recipe of a GAN: a player's loss rises when the other one finds something
-        mapping["training"]["guard"] = {"spike": None}
     return overridden(mapping, overrides)
 
 

@@ -65,6 +65,15 @@ def test_without_a_spike_setting_only_what_is_not_finite_is_bad():
     assert watched([*noise(3, 100), 1e6, math.nan], spike=None)[1][-2:] == [GOOD, SKIP]
 
 
+def test_the_loss_of_a_player_may_rise_unless_the_recipe_says_otherwise():
+    losses = [*noise(3, 100), 1e6]
+    for spike, competes, verdict in (("auto", False, SKIP), ("auto", True, GOOD), (6.0, True, SKIP), (None, False, GOOD)):
+        guard = Guard(GuardRecipe(spike=spike), competes)
+        assert [guard.observe(step, loss, 1.0) for step, loss in enumerate(losses)][-1] is verdict
+    with pytest.raises(ValueError, match="spike"):
+        GuardRecipe(spike=0)
+
+
 def test_patience_in_a_row_goes_back_and_passes_over_what_led_up_to_it():
     guard, verdicts = watched([*noise(4, 200), 9.0, 9.0, 9.0], patience=3, window=64)
     assert verdicts[200:] == [SKIP, SKIP, ROLLBACK]

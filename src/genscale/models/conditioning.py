@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from genscale.data.description import ImageDescription
 from genscale.models.initialise import fan_in_std
-from genscale.models.layers import Embedding
+from genscale.models.layers import AttentionMask, Embedding
 from genscale.models.transformer import Transformer
 from genscale.recipe.image_model import TextEncoder
 from genscale.recipe.model import TransformerModel
@@ -22,15 +22,38 @@ _RANGE = 1000.0
 """Radians that the fastest feature turns by as the noise level goes from 0 to 1: one for each step of DDPM's 1,000."""
 
 
+class Words:
+    """Captions word by word, to stand in front of what attends to them.
+
+    Args:
+        tokens: (batch, words, width of the text encoder).
+        shown: (batch, words) bool: which of them are words and not padding.
+    """
+
+    def __init__(self, tokens: Tensor, shown: Tensor):
+        self.tokens, self.shown = tokens, shown
+        self._masks: dict[int, AttentionMask] = {}
+
+    def __len__(self) -> int:
+        return self.tokens.shape[1]
+
+    def mask(self, others: int) -> AttentionMask:
+        """Who sees whom among the words and as many others: all but padding, which is seen by itself alone. Made once
+        for each number of others, and shared by the layers."""
+        if others not in self._masks:
+            documents = F.pad(self.shown.long(), (0, others), value=1)
+            count = len(self) + others
+            self._masks[others] = AttentionMask(count, count, False, documents=documents, device=self.tokens.device)
+        return self._masks[others]
+
+
 class Told(NamedTuple):
     """What blocks are told of each image."""
 
     vector: Tensor
     """(batch, width): all of it in one sum."""
-    tokens: Tensor | None
-    """(batch, tokens, width of the text encoder): the caption word by word; None: no image has one."""
-    shown: Tensor | None
-    """(batch, tokens) bool: which of them are words and not padding."""
+    words: Words | None
+    """The captions; None: no image has one."""
 
 
 class Condition(nn.Module):
@@ -83,13 +106,13 @@ class Condition(nn.Module):
             x = x + self.classes(
                 torch.full_like(noise_level, self.none, dtype=torch.long) if labels is None else labels
             )
-        tokens = shown = None
+        words = None
         if self.caption is not None and captions is not None:
             pooled, tokens = self.caption(captions)
-            x, shown = x + pooled, captions != 0
+            x, words = x + pooled, Words(tokens, captions != 0)
         if self.augmentation is not None and augmentation is not None:
             x = x + self.augmentation(augmentation.to(self.augmentation.weight.dtype))
-        return Told(x, tokens, shown)
+        return Told(x, words)
 
     def initial_std(self, name: str, size: torch.Size) -> float:
         """Classes begin as different as noise levels are; else nothing is louder than what it came from."""

@@ -2,7 +2,7 @@
 
 As in Radford et al. 2016 (https://arxiv.org/abs/1511.06434), every level doubles or halves the resolution by one 4 x 4
 convolution, but no statistic of the batch is used: the generator normalises each image by itself, and the discriminator
-nothing. At 28 pixels an image costs a quarter of what it does in the residual pair, and is learned from sooner.
+nothing. A step is cheap, since nothing but pixels is as large as the image.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genscale.data.description import ImageDescription
-from genscale.models.gan import SLOPE, at_least_float32, coarsest, within_range
+from genscale.models.adversaries import SLOPE, Discriminator, Generator, coarsest
 from genscale.recipe.image_model import DCGANModel
 
 _CALM = 0.4
@@ -23,8 +23,8 @@ _CALM = 0.4
 On Fashion-MNIST classes were drawn right in 94 of 100 images rather than 88 (docs/experiments.md)."""
 
 
-class DCGANGenerator(nn.Module):
-    """From latents to images.
+class DCGANGenerator(Generator):
+    """From latents to images, by strided convolutions.
 
     Args:
         shape: of the network.
@@ -36,29 +36,20 @@ class DCGANGenerator(nn.Module):
     """
 
     def __init__(self, shape: DCGANModel, described: ImageDescription, conditional: bool):
-        super().__init__()
+        super().__init__(described, conditional, shape.embedding)
         widths = (*shape.generator, described.channels)
         self.side = coarsest(shape.generator, len(shape.generator), described.resolution, "generator")
-        self.bounded = described.autoencoder is None
-        self.embedding = nn.Embedding(len(described.classes) + 1, shape.embedding) if conditional else None
-        told = shape.latent + (shape.embedding if conditional else 0)
-        self.mix = nn.Linear(told, widths[0] * self.side**2)
+        self.mix = nn.Linear(shape.latent + self.told, widths[0] * self.side**2)
         self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in shape.generator)
         self.levels = nn.ModuleList(nn.ConvTranspose2d(*pair, 4, stride=2, padding=1) for pair in pairwise(widths))
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(batch, latent) standard normal and (batch,) int64 to (batch, channels, resolution, resolution) float32."""
-        if self.embedding is not None:
-            latents = torch.cat((latents, self.embedding(labels)), dim=1)
-        x = self.mix(latents).unflatten(1, (-1, self.side, self.side))
+    def draw(self, told: Tensor) -> Tensor:
+        x = self.mix(told).unflatten(1, (-1, self.side, self.side))
         for norm, level in zip(self.norms, self.levels, strict=True):
             x = level(F.relu(norm(x)))
-        return within_range(x, self.bounded)
+        return x
 
-    def initial_std(self, name: str, size: torch.Size) -> float:
-        """Standard deviation of the first values of the parameter ``name``, normal around 0."""
-        if name == "embedding.weight":
-            return 1.0
+    def layer_std(self, name: str, size: torch.Size) -> float:
         if name.endswith("bias"):
             return 0.0
         if name == "mix.weight":
@@ -67,8 +58,8 @@ class DCGANGenerator(nn.Module):
         return _CALM * math.sqrt(2 / (4 * size[0]))
 
 
-class DCGANDiscriminator(nn.Module):
-    """From images to logits, larger where an image looks real.
+class DCGANDiscriminator(Discriminator):
+    """From images to logits, by strided convolutions.
 
     Args:
         shape: of the network.
@@ -80,26 +71,18 @@ class DCGANDiscriminator(nn.Module):
     """
 
     def __init__(self, shape: DCGANModel, described: ImageDescription, conditional: bool):
-        super().__init__()
         widths = (described.channels, *shape.discriminator)
         side = coarsest(shape.discriminator, len(shape.discriminator), described.resolution, "discriminator")
+        super().__init__(described, conditional, shape.embedding, features=widths[-1] * side**2, bias=True)
         self.levels = nn.ModuleList(nn.Conv2d(*pair, 4, stride=2, padding=1) for pair in pairwise(widths))
-        self.mix = nn.Linear(widths[-1] * side**2, shape.embedding if conditional else 1)
-        self.embedding = nn.Embedding(len(described.classes) + 1, shape.embedding) if conditional else None
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(batch, channels, resolution, resolution) and (batch,) int64 to (batch,) float32."""
+    def look(self, images: Tensor) -> Tensor:
         x = images
         for level in self.levels:
             x = F.leaky_relu(level(x), SLOPE)
-        x = at_least_float32(self.mix(x.flatten(1)))  # (batch, 1 or embedding)
-        # The class's vector is what the features are projected on (Miyato and Koyama 2018).
-        return x.squeeze(1) if self.embedding is None else (x * self.embedding(labels)).sum(dim=1)
+        return x.flatten(1)
 
-    def initial_std(self, name: str, size: torch.Size) -> float:
-        """Standard deviation of the first values of the parameter ``name``, normal around 0."""
+    def layer_std(self, name: str, size: torch.Size) -> float:
         if name.endswith("bias"):
             return 0.0
-        if name == "embedding.weight":
-            return 1 / math.sqrt(size[1])
         return _CALM * math.sqrt((1 if name == "mix.weight" else 2 / (1 + SLOPE**2)) / math.prod(size[1:]))

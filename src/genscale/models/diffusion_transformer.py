@@ -110,21 +110,21 @@ class DiffusionTransformer(nn.Module):
             y = y + self.position_embedding.weight
         y, condition = in_compute_dtype(y), in_compute_dtype(condition)
         rotation = None if self.rotary is None else self.rotary(rows, columns, x.device, y.dtype)
-        words, documents = 0, None
-        if self.caption_input is not None and told.tokens is not None and told.shown is not None:
-            # The caption's words stand before the patches and are attended to like them; padding is seen by itself.
-            words = told.tokens.shape[1]
-            y = torch.cat((self.caption_input(told.tokens).to(y.dtype), y), dim=1)
-            documents = F.pad(told.shown.long(), (0, rows * columns), value=1)
-            rotation = None if rotation is None else unturned_before(rotation, words)
-        mask = AttentionMask(y.shape[1], y.shape[1], causal=False, documents=documents, device=x.device)
+        cells, before = y.shape[1], 0
+        if self.caption_input is None or told.words is None:
+            mask = AttentionMask(cells, cells, causal=False, device=x.device)
+        else:  # the caption's words stand before the patches and are attended to like them
+            before = len(told.words)
+            mask = told.words.mask(cells)
+            y = torch.cat((self.caption_input(told.words.tokens).to(y.dtype), y), dim=1)
+            rotation = None if rotation is None else unturned_before(rotation, before)
         recompute = self.recompute and self.training and is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 y = checkpoint(block, y, condition, mask, rotation, use_reentrant=False)
             else:
                 y = block(y, condition, mask, rotation)
-        y = self.output(self.norm(y[:, words:], *self.modulation(condition)))
+        y = self.output(self.norm(y[:, before:], *self.modulation(condition)))
         return image_of(y, self.shape.patch, rows).to(x.dtype)
 
     def initial_std(self, name: str, size: torch.Size) -> float:

@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genscale.data.description import ImageDescription
+from genscale.models.adversaries import SLOPE, Discriminator, Generator, coarsest
 from genscale.models.resampling import downsample, upsample
 from genscale.recipe.image_model import GANModel
-from genscale.runtime.errors import UserError
 
-SLOPE = 0.2
-"""Of activations where they are negative."""
 _GAIN = math.sqrt(2 / (1 + SLOPE**2))
 """Standard deviation of weights that make up for the activation (He et al. 2015), in units of 1 / sqrt(fan-in)."""
 
 
-class Generator(nn.Module):
-    """From latents to images.
+class ResidualGenerator(Generator):
+    """From latents to images, by residual blocks.
 
     Args:
         shape: of the network.
@@ -38,37 +36,29 @@ class Generator(nn.Module):
     """
 
     def __init__(self, shape: GANModel, described: ImageDescription, conditional: bool):
-        super().__init__()
+        super().__init__(described, conditional, shape.embedding)
         self.shape = shape
         widths = shape.generator
         side = coarsest(widths, len(widths) - 1, described.resolution, "generator")
-        self.bounded = described.autoencoder is None
-        self.embedding = nn.Embedding(len(described.classes) + 1, shape.embedding) if conditional else None
-        self.mix = nn.Linear(shape.latent + (shape.embedding if conditional else 0), widths[0], bias=False)
+        self.mix = nn.Linear(shape.latent + self.told, widths[0], bias=False)
         self.basis = nn.Parameter(torch.randn(widths[0], side, side))
         self.blocks = nn.ModuleList(_blocks(width, shape) for width in widths)
         self.transitions = nn.ModuleList(_transition(*pair) for pair in pairwise(widths))
         self.output = nn.Conv2d(widths[-1], described.channels, 1)
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(batch, latent) standard normal and (batch,) int64 to (batch, channels, resolution, resolution) float32."""
-        if self.embedding is not None:
-            latents = torch.cat((latents, self.embedding(labels)), dim=1)
-        x = self.mix(latents)[:, :, None, None] * self.basis  # (batch, width, side, side)
+    def draw(self, told: Tensor) -> Tensor:
+        x = self.mix(told)[:, :, None, None] * self.basis  # (batch, width, side, side)
         x = self.blocks[0](x)
         for transition, blocks in zip(self.transitions, self.blocks[1:], strict=True):
             x = blocks(upsample(transition(x)))
-        return within_range(self.output(x), self.bounded)
+        return self.output(x)
 
-    def initial_std(self, name: str, size: torch.Size) -> float:
-        """Standard deviation of the first values of the parameter ``name``, normal around 0."""
-        if name in ("basis", "embedding.weight"):
-            return 1.0
-        return _initial_std(name, size, len(self.shape.generator) * self.shape.blocks)
+    def layer_std(self, name: str, size: torch.Size) -> float:
+        return 1.0 if name == "basis" else _initial_std(name, size, len(self.shape.generator) * self.shape.blocks)
 
 
-class Discriminator(nn.Module):
-    """From images to logits, larger where an image looks real.
+class ResidualDiscriminator(Discriminator):
+    """From images to logits, by residual blocks.
 
     Args:
         shape: of the network.
@@ -80,34 +70,26 @@ class Discriminator(nn.Module):
     """
 
     def __init__(self, shape: GANModel, described: ImageDescription, conditional: bool):
-        super().__init__()
-        self.shape = shape
         widths = shape.discriminator
+        super().__init__(described, conditional, shape.embedding, features=widths[-1], bias=False)
+        self.shape = shape
         side = coarsest(widths, len(widths) - 1, described.resolution, "discriminator")
         self.input = nn.Conv2d(described.channels, widths[0], 1)
         self.blocks = nn.ModuleList(_blocks(width, shape) for width in widths)
         self.transitions = nn.ModuleList(_transition(*pair) for pair in pairwise(widths))
         self.basis = nn.Parameter(torch.randn(widths[-1], side, side) / side)
-        self.mix = nn.Linear(widths[-1], shape.embedding if conditional else 1, bias=False)
-        self.embedding = nn.Embedding(len(described.classes) + 1, shape.embedding) if conditional else None
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """(batch, channels, resolution, resolution) and (batch,) int64 to (batch,) float32."""
+    def look(self, images: Tensor) -> Tensor:
         x = self.input(images)
         for blocks, transition in zip(self.blocks, [*self.transitions, None], strict=True):
             x = blocks(x)
             if transition is not None:
                 x = transition(downsample(x))
-        x = at_least_float32(self.mix((x * self.basis).sum(dim=(2, 3))))  # (batch, 1 or embedding)
-        # The class's vector is what the features are projected on (Miyato and Koyama 2018).
-        return x.squeeze(1) if self.embedding is None else (x * self.embedding(labels)).sum(dim=1)
+        return (x * self.basis).sum(dim=(2, 3))
 
-    def initial_std(self, name: str, size: torch.Size) -> float:
-        """Standard deviation of the first values of the parameter ``name``, normal around 0."""
+    def layer_std(self, name: str, size: torch.Size) -> float:
         if name == "basis":
             return 1 / math.sqrt(size[1] * size[2])
-        if name == "embedding.weight":
-            return 1 / math.sqrt(size[1])
         return _initial_std(name, size, len(self.shape.discriminator) * self.shape.blocks)
 
 
@@ -140,36 +122,3 @@ def _initial_std(name: str, size: torch.Size, blocks: int) -> float:
     std = 1 / math.sqrt(math.prod(size[1:]))
     # Fixup: a branch of m layers in a network of n blocks is scaled by n^(-1 / (2 m - 2)); here m = 3.
     return std * _GAIN * blocks**-0.25 if name.endswith(("widen.weight", "look.weight")) else std
-
-
-def within_range(x: Tensor, bounded: bool) -> Tensor:
-    """Images from what a generator ends in. Pixels are from -1 to 1, which latents of an autoencoder are not.
-
-    Without the bound a generator must learn to hit black and white exactly, since a discriminator tells any other value
-    apart at once: on Fashion-MNIST the Fréchet distance was twice as large (docs/experiments.md).
-    """
-    x = at_least_float32(x)
-    return x.tanh() if bounded else x
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def coarsest(widths: tuple[int, ...], halvings: int, resolution: int, key: str) -> int:
-    """Height and width of the coarsest level of images that are halved so many times.
-
-    Raises:
-        UserError: they cannot be. ``key`` is that of the levels' widths in ``model``.
-    """
-    side, rest = divmod(resolution, 2**halvings)
-    if rest or side < 2:
-        most = 0
-        while resolution % 2 ** (most + 1) == 0 and resolution >> (most + 1) >= 2:
-            most += 1
-        most = max(1, most + len(widths) - halvings)
-        raise UserError(
-            f"model.{key}: {len(widths)} levels halve the images {halvings} times, which {resolution} pixels do not "
-            f"allow; give at most {most} levels, or another data.resolution"
-        )
-    return side

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Literal
 
 from genscale.data.description import ImageDescription
+from genscale.models.adversaries import Discriminator, Generator
 from genscale.models.dcgan import DCGANDiscriminator, DCGANGenerator
-from genscale.models.gan import Discriminator, Generator
+from genscale.models.gan import ResidualDiscriminator, ResidualGenerator
 from genscale.recipe.image_model import DCGANModel, GANModel
 
-
-def build_generator(shape: GANModel | DCGANModel, described: ImageDescription, conditional: bool) -> nn.Module:
-    """A network that is called as ``network(latents, labels=None)`` and gives images.
-
-    Raises:
-        UserError: the images' resolution is none that the shape can take.
-    """
-    if isinstance(shape, DCGANModel):
-        return DCGANGenerator(shape, described, conditional)
-    return Generator(shape, described, conditional)
+Role = Literal["generator", "discriminator"]
 
 
-def build_discriminator(shape: GANModel | DCGANModel, described: ImageDescription, conditional: bool) -> nn.Module:
-    """A network that is called as ``network(images, labels=None)`` and gives a logit for each.
+def build_player(
+    role: Role, shape: GANModel | DCGANModel, described: ImageDescription, conditional: bool
+) -> Generator | Discriminator:
+    """One of the two.
 
     Raises:
         UserError: the images' resolution is none that the shape can take.
     """
+    draws = role == "generator"
     if isinstance(shape, DCGANModel):
-        return DCGANDiscriminator(shape, described, conditional)
-    return Discriminator(shape, described, conditional)
+        return (DCGANGenerator if draws else DCGANDiscriminator)(shape, described, conditional)
+    return (ResidualGenerator if draws else ResidualDiscriminator)(shape, described, conditional)

@@ -16,7 +16,7 @@ from genscale.data.description import ImageDescription
 from genscale.models.conditioning import Condition, ConditionKind, Told
 from genscale.models.group_norm import GroupNorm
 from genscale.models.initialise import fan_in_std
-from genscale.models.layers import Attention, AttentionMask, in_compute_dtype
+from genscale.models.layers import Attention, in_compute_dtype
 from genscale.models.upsample import Upsample
 from genscale.recipe.image_model import UNetModel
 from genscale.runtime.errors import UserError
@@ -57,24 +57,24 @@ class ImageAttention(nn.Module):
     def forward(self, x: Tensor, told: Told) -> Tensor:
         """(batch, channels, height, width) to the same."""
         y = self.norm(x).flatten(2).transpose(1, 2)  # (batch, pixels, channels)
-        words, mask = 0, None
-        if self.caption_input is not None and told.tokens is not None and told.shown is not None:
-            words = told.tokens.shape[1]
-            documents = F.pad(told.shown.long(), (0, y.shape[1]), value=1)  # padding is seen by itself alone
-            y = torch.cat((self.caption_input(told.tokens).to(y.dtype), y), dim=1)
-            mask = AttentionMask(y.shape[1], y.shape[1], causal=False, documents=documents, device=x.device)
-        y = self.attention(y, mask)[:, words:]
+        if self.caption_input is None or told.words is None:
+            y = self.attention(y)
+        else:
+            mask = told.words.mask(y.shape[1])
+            y = torch.cat((self.caption_input(told.words.tokens).to(y.dtype), y), dim=1)
+            y = self.attention(y, mask)[:, len(told.words) :]
         return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class UNetBlock(nn.Module):
     """A residual block and, at some levels, attention."""
 
-    def __init__(self, inputs: int, outputs: int, told: int, shape: UNetModel, attends: bool, captions: bool):
+    def __init__(
+        self, inputs: int, outputs: int, told: int, shape: UNetModel, attends: bool, caption_width: int | None
+    ):
         super().__init__()
         groups = math.gcd(_MOST_GROUPS, shape.width)
         self.residual = ResidualBlock(inputs, outputs, told, groups, shape.dropout)
-        caption_width = shape.text_encoder.width if captions else None
         self.attention = ImageAttention(outputs, shape.head_width, groups, caption_width) if attends else None
 
     def forward(self, x: Tensor, told: Told) -> Tensor:
@@ -114,10 +114,11 @@ class UNet(nn.Module):
         self.shape = shape
         self.recompute = False
         told = 4 * shape.width
+        caption_width = shape.text_encoder.width if conditioning == "text" else None
         self.condition = Condition(described, conditioning, shape.width, told, shape.text_encoder, augmentation_width)
 
-        def block(inputs: int, outputs: int, level: int) -> UNetBlock:
-            return UNetBlock(inputs, outputs, told, shape, level in shape.attention, conditioning == "text")
+        def block(inputs: int, outputs: int, attends: bool) -> UNetBlock:
+            return UNetBlock(inputs, outputs, told, shape, attends, caption_width)
 
         self.input = nn.Conv2d(described.channels, shape.width, 3, padding=1)
         channels = shape.width
@@ -127,21 +128,19 @@ class UNet(nn.Module):
         for level, width in enumerate(widths):
             blocks = nn.ModuleList()
             for _ in range(shape.blocks):
-                blocks.append(block(channels, width, level))
+                blocks.append(block(channels, width, level in shape.attention))
                 channels = width
                 kept.append(channels)
             self.down.append(blocks)
             if level < len(widths) - 1:
                 self.downsamples.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
                 kept.append(channels)
-        self.middle = nn.ModuleList(
-            UNetBlock(channels, channels, told, shape, attends, conditioning == "text") for attends in (True, False)
-        )
+        self.middle = nn.ModuleList(block(channels, channels, attends) for attends in (True, False))
         self.up, self.upsamples = nn.ModuleList(), nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             blocks = nn.ModuleList()
             for _ in range(shape.blocks + 1):
-                blocks.append(block(channels + kept.pop(), width, level))
+                blocks.append(block(channels + kept.pop(), width, level in shape.attention))
                 channels = width
             self.up.append(blocks)
             if level:

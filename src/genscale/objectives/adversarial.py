@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from genscale.data.description import ImageDescription
 from genscale.data.image_batch import ImageBatch
 from genscale.models.initialise import initialise
-from genscale.models.players import build_discriminator, build_generator
+from genscale.models.players import Role, build_player
 from genscale.objectives.adaptive import AdaptiveProbability, overfitting_signs
 from genscale.objectives.adversarial_losses import (
     discriminator_loss,
@@ -61,7 +63,7 @@ class Adversarial(Objective):
         if self.options.conditioning == "class" and not described.classes:
             raise UserError("objective.conditioning: 'class' needs labels, and the data has none; use 'none' or 'auto'")
         self.conditional = bool(described.classes) and self.options.conditioning != "none"
-        self.networks = nn.ModuleDict({"generator": self._generator(), "discriminator": self._discriminator()})
+        self.networks = nn.ModuleDict({role: self._player(role) for role in get_args(Role)})
         for name, network in self.networks.items():
             initialise(network, recipe.seed, prefix=name)
         self.phases = _phases(self.options)
@@ -73,11 +75,8 @@ class Adversarial(Objective):
         self.adaptive = AdaptiveProbability(changes) if changes and changes.target else None
         self._space = MomentSpace(described.channels, described.resolution)
 
-    def _generator(self) -> nn.Module:
-        return build_generator(self.shape, self.described, self.conditional)
-
-    def _discriminator(self) -> nn.Module:
-        return build_discriminator(self.shape, self.described, self.conditional)
+    def _player(self, role: Role) -> nn.Module:
+        return build_player(role, self.shape, self.described, self.conditional)
 
     def weight(self, phase: Phase, batch: ImageBatch) -> Tensor:
         return torch.tensor(len(batch), device=batch.images.device)
@@ -272,16 +271,12 @@ class Adversarial(Objective):
         def labels() -> Tensor:
             return torch.zeros(1, dtype=torch.long)
 
-        return {
-            "generator": cost(self._generator, lambda: {"latents": torch.zeros(1, size), "labels": labels()}),
-            "discriminator": cost(
-                self._discriminator,
-                lambda: {
-                    "images": torch.zeros(1, described.channels, described.resolution, described.resolution),
-                    "labels": labels(),
-                },
-            ),
+        channels, resolution = described.channels, described.resolution
+        inputs: dict[Role, Callable[[], dict[str, Tensor]]] = {
+            "generator": lambda: {"latents": torch.zeros(1, size), "labels": labels()},
+            "discriminator": lambda: {"images": torch.zeros(1, channels, resolution, resolution), "labels": labels()},
         }
+        return {role: cost(functools.partial(self._player, role), given) for role, given in inputs.items()}
 
     def flops_per_sample(self) -> float:
         """A backward is twice a forward; a penalty adds one for the gradient, and two for that one's own backward."""
@@ -319,9 +314,10 @@ def _phases(options: AdversarialObjective) -> tuple[Phase, ...]:
         ("generator", bool(options.path_length)),
     ):
         at_once = penalised and options.lazy == 1
-        phases.append(Phase(network, trains=network, differentiates_twice=at_once))
+        phases.append(Phase(network, trains=network, differentiates_twice=at_once, competes=True))
         if penalised and not at_once:
-            phases.append(Phase(f"{network}_penalty", network, every=options.lazy, differentiates_twice=True))
+            penalty = f"{network}_penalty"
+            phases.append(Phase(penalty, network, every=options.lazy, differentiates_twice=True, competes=True))
     return tuple(phases)
 
 

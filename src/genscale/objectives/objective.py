@@ -29,6 +29,8 @@ class Phase:
     every: int = 1
     """Steps between two runs of the phase (lazily applied penalties)."""
     differentiates_twice: bool = False
+    competes: bool = False
+    """Its loss need not fall: it rises whenever another phase's network finds something."""
 
 
 class Objective(nn.Module):

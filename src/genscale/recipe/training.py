@@ -101,8 +101,9 @@ class EarlyStopping(Part):
 class Guard(Part):
     """What happens on a bad step: it is skipped; after too many in a row, the last good checkpoint comes back."""
 
-    spike: float | None = Field(default=6.0, gt=0)
-    """A loss more than this many standard deviations above its recent mean is a spike; null: only non-finite is bad."""
+    spike: Annotated[float, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """A loss more than this many standard deviations above its recent mean is a spike; null: only non-finite is bad.
+    ``auto``: 6, and null for the players of a game, whose losses rise whenever the other one finds something."""
     window: int = Field(default=64, ge=8)
     """Steps in the recent mean."""
     patience: int = Field(default=3, ge=1)

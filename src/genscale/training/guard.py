@@ -17,6 +17,7 @@ from typing import Any
 
 from genscale.recipe.training import Guard as GuardRecipe
 
+_SPIKE = 6.0
 _ENOUGH = 16
 """Losses seen before any can be a spike."""
 _RELATIVE_NOISE = 0.02
@@ -38,10 +39,14 @@ class Guard:
 
     A pure function of what it observed: a resumed run takes the same decisions. It always comes to an end: bad steps in
     a row lead to going back, which is limited, and then to giving up.
+
+    Args:
+        competes: whether the loss is that of a player, which need not fall.
     """
 
-    def __init__(self, recipe: GuardRecipe):
+    def __init__(self, recipe: GuardRecipe, competes: bool = False):
         self.recipe = recipe
+        self.spike = (None if competes else _SPIKE) if recipe.spike == "auto" else recipe.spike
         self.skipped: set[int] = set()
         """Steps whose batches are passed over, found bad or led up to bad ones before a rollback."""
         self.rollbacks = 0
@@ -68,11 +73,11 @@ class Guard:
         return Verdict.ROLLBACK
 
     def _is_spike(self, loss: float) -> bool:
-        if self.recipe.spike is None or len(self._losses) < min(_ENOUGH, self.recipe.window):
+        if self.spike is None or len(self._losses) < min(_ENOUGH, self.recipe.window):
             return False
         mean = math.fsum(self._losses) / len(self._losses)
         variance = math.fsum((value - mean) ** 2 for value in self._losses) / (len(self._losses) - 1)
-        return loss > mean + self.recipe.spike * max(math.sqrt(variance), _RELATIVE_NOISE * abs(mean))
+        return loss > mean + self.spike * max(math.sqrt(variance), _RELATIVE_NOISE * abs(mean))
 
     def memory(self) -> dict[str, Any]:
         """What going back must not undo (JSON): the steps to pass over, and how often the run went back."""

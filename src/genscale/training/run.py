@@ -136,7 +136,7 @@ def make_job(
             run.checkpoints, kept.keep_last, plan.keep_every and max(1, plan.keep_every // plan.batch)
         ),
         preview=lambda: inputs.preview(objective),
-        guards={phase.name: Guard(recipe.training.guard) for phase in objective.phases},
+        guards={phase.name: Guard(recipe.training.guard, phase.competes) for phase in objective.phases},
         early_stopping=EarlyStopping(stopping) if stopping else None,
         **watched,
     )
