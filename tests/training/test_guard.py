@@ -67,7 +67,12 @@ def test_without_a_spike_setting_only_what_is_not_finite_is_bad():
 
 def test_the_loss_of_a_player_may_rise_unless_the_recipe_says_otherwise():
     losses = [*noise(3, 100), 1e6]
-    for spike, competes, verdict in (("auto", False, SKIP), ("auto", True, GOOD), (6.0, True, SKIP), (None, False, GOOD)):
+    for spike, competes, verdict in (
+        ("auto", False, SKIP),
+        ("auto", True, GOOD),
+        (6.0, True, SKIP),
+        (None, False, GOOD),
+    ):
         guard = Guard(GuardRecipe(spike=spike), competes)
         assert [guard.observe(step, loss, 1.0) for step, loss in enumerate(losses)][-1] is verdict
     with pytest.raises(ValueError, match="spike"):
