@@ -79,7 +79,7 @@ def test_a_block_is_that_of_the_paper(rotary, query_key_norm):
     rows, columns = 2, 3
     x, condition = torch.randn(2, 6, 24, dtype=torch.float64), torch.randn(2, 24, dtype=torch.float64)
     rotation = GridRotary(8)(rows, columns, x.device, x.dtype) if rotary else None
-    found = block(x, condition, AttentionMask(6, 6, causal=False), rotation)
+    found = block(x, AttentionMask(6, 6, causal=False), rotation, condition)
     expected = block_by_the_book(block.state_dict(), x, condition, 3, rows, columns, rotary, query_key_norm)
     torch.testing.assert_close(found, expected, atol=1e-6 if rotary else 1e-10, rtol=1e-6)  # angles are float32
 
@@ -117,7 +117,7 @@ def test_a_block_is_that_of_diffusers():
     told = theirs.norm1.emb(torch.tensor([3, 700]), torch.tensor([0, 4]), hidden_dtype=torch.float64)
     x = torch.randn(2, 6, 24, dtype=torch.float64)
     expected = theirs(x, timestep=torch.tensor([3, 700]), class_labels=torch.tensor([0, 4]))
-    found = ours(x, F.silu(told), AttentionMask(6, 6, causal=False), None)
+    found = ours(x, AttentionMask(6, 6, causal=False), None, F.silu(told))
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from genscale.data.batch import TextBatch
 from genscale.data.description import TextDescription
+from genscale.models.embedding import Head
 from genscale.objectives.build import build_objective
 from genscale.objectives.decoding import TextRequest
 from genscale.recipe.model import TransformerModel
@@ -75,9 +76,12 @@ class Constant(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(logits)
 
-    def forward(self, tokens, documents=None, cache=None, positions=None):
+    def forward(self, tokens, documents=None, cache=None, positions=None, logits=True):
         self.seen = tokens
-        return self.logits.expand(*tokens.shape, -1)
+        return self.logits.expand(*tokens.shape, -1) if logits else torch.ones(*tokens.shape, 1)
+
+    def head(self, hidden, read):
+        return read(hidden, self.logits[:, None], Head(1, len(self.logits)))
 
 
 def test_causal_compares_each_token_with_the_one_before_and_leaves_out_what_is_not_valid():

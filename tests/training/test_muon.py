@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from genscale.training.muon import Muon, orthogonalise
+from genscale.training.muon import Form, Muon, orthogonalise
 
 SHAPES = [(16, 16), (16, 48), (48, 16), (16, 16), (64, 24)]
 
@@ -98,7 +98,7 @@ def test_stacked_matrices_are_orthogonalised_one_by_one():
     whole = torch.nn.Parameter(stacked.clone())
     apart = [torch.nn.Parameter(piece.clone()) for piece in stacked.split([16, 16, 8])]
     settings = {"momentum": 0.95, "newton_schulz_steps": 5, "bits": 32}
-    together = Muon([{"params": [whole], "lr": 0.1, "weight_decay": 0.0}], pieces={whole: (16, 16, 8)}, **settings)
+    together = Muon([{"params": [whole], "lr": 0.1, "weight_decay": 0.0}], forms={whole: Form((16, 16, 8))}, **settings)
     separate = Muon([{"params": apart, "lr": 0.1, "weight_decay": 0.0}], **settings)
     whole.grad = torch.cat(gradients)
     for parameter, gradient in zip(apart, gradients, strict=True):

@@ -33,6 +33,7 @@ def held_out(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     world: World | None = None,
+    data: World | None = None,
 ) -> dict[str, float]:
     """Each metric of ``objective.validate`` over a split: the sum over all its samples, divided once.
 
@@ -44,8 +45,11 @@ def held_out(
         limit: how many samples of the split to score, spread over it; by default all.
         autocast: makes the context that the network runs in.
         world: ranks that share the work; all of them get the result.
+        data: this process's place among those that have different samples, where not all have; the others share each
+            sample's loss, or have the same.
     """
     world = world or World()
+    data = data or world
     sums: dict[str, list[Tensor]] = defaultdict(list)  # of each pass: the sum's elements, then the count
     shapes: dict[str, torch.Size] = {}
     was_training = objective.training
@@ -53,11 +57,11 @@ def held_out(
     batches = stream.sweep(batch, limit)
     # Not inference_mode: tables that a network makes at its first use could then not be used in training.
     with torch.no_grad(), autocast():
-        while several := list(itertools.islice(batches, world.size)):
+        while several := list(itertools.islice(batches, data.size)):
             # At the end a rank may be left without a batch of its own; it runs another's for nothing, because
             # collectives inside the network wait for every rank.
-            idle = world.rank >= len(several)
-            own = several[0 if idle else world.rank].to(device)
+            idle = data.rank >= len(several)
+            own = several[0 if idle else data.rank].to(device)
             loss = objective.validate(own, Rng(seed, 0, "validate", own.positions))
             for name, metric in loss.metrics.items():
                 total, count = (part.detach().float() for part in metric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ class Attention(nn.Module):
         query_scale: scores are divided by the root of this; by default the head width.
         soft_cap: scores s become soft_cap * tanh(s / soft_cap).
         dropout: rate on the probabilities while training.
+
+    Attributes:
+        kernel: from queries, keys and values to what they come to: :func:`attend`, or one that knows of other
+            processes.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Attention(nn.Module):
         self.query_norm = Norm(self.head_width, "rms", norm_epsilon) if query_key_norm else None
         self.key_norm = Norm(self.head_width, "rms", norm_epsilon) if query_key_norm else None
         self.output = nn.Linear(heads * self.head_width, width, bias=bias)
+        self.kernel: Callable[..., Tensor] = attend
 
     def forward(
         self,
@@ -88,7 +94,7 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         if mask is None:
             mask = AttentionMask(q.shape[2], k.shape[2], causal=False, device=x.device)
-        y = attend(q, k, v, mask, self.scale, self.soft_cap, self.dropout if self.training else 0.0)
+        y = self.kernel(q, k, v, mask, self.scale, self.soft_cap, self.dropout if self.training else 0.0)
         return self.output(y.transpose(1, 2).reshape(batch, tokens, -1))
 
 

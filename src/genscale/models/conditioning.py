@@ -41,10 +41,15 @@ class Words:
         """Who sees whom among the words and as many others: all but padding, which is seen by itself alone. Made once
         for each number of others, and shared by the layers."""
         if others not in self._masks:
-            documents = F.pad(self.shown.long(), (0, others), value=1)
-            count = len(self) + others
-            self._masks[others] = AttentionMask(count, count, False, documents=documents, device=self.tokens.device)
+            self._masks[others] = words_mask(self.shown, others)
         return self._masks[others]
+
+
+def words_mask(shown: Tensor, others: int) -> AttentionMask:
+    """Who sees whom among words, of which ``shown``, (batch, words) bool, are no padding, and ``others`` after them."""
+    documents = F.pad(shown.long(), (0, others), value=1)
+    count = documents.shape[1]
+    return AttentionMask(count, count, False, documents=documents, device=shown.device)
 
 
 class Told(NamedTuple):

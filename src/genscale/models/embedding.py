@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 
@@ -29,19 +33,36 @@ class Head(nn.Module):
         vocabulary: number of logits.
         soft_cap: logits l become soft_cap * tanh(l / soft_cap).
         tied: an embedding whose weights serve here too; the head then has no parameters of its own.
+
+    Attributes:
+        group: ranks that share the vocabulary; None: all of it is here.
+        first_row: of the vocabulary that is here.
     """
 
     def __init__(self, width: int, vocabulary: int, soft_cap: float | None = None, tied: Embedding | None = None):
         super().__init__()
-        self.soft_cap = soft_cap
+        self.vocabulary, self.soft_cap = vocabulary, soft_cap
+        self.group: ProcessGroup | None = None
+        self.first_row = 0
         # In a tuple, so that the embedding is not registered a second time: each weight has one name in a state dict.
-        self._tied = () if tied is None else (tied,)
+        self.tied = () if tied is None else (tied,)
         if tied is None:
             self.weight = nn.Parameter(torch.empty(vocabulary, width))
             nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self._tied[0].weight if self._tied else self.weight)
+    @property
+    def rows(self) -> Tensor:
+        """(vocabulary, width): the head's own weight, or the embedding's."""
+        return self.tied[0].weight if self.tied else self.weight
+
+    def forward(self, hidden: Tensor, read: Callable[[Tensor, Tensor, Head], Any] | None = None) -> Any:
+        """The logits, or what ``read`` makes of the hidden states, the weight (rows here, width) and this head, so that
+        the logits need never exist whole."""
+        if read is not None:
+            return read(hidden, self.rows, self)
+        return self.capped(F.linear(hidden, self.rows))
+
+    def capped(self, logits: Tensor) -> Tensor:
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 

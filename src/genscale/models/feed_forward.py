@@ -33,14 +33,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)
-        if self.gate is not None:
-            gate = self.gate(x)
-            hidden = (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate, approximate="tanh")) * hidden
-        elif self.kind == "relu_squared":
-            hidden = _ReluSquared.apply(hidden)
-        else:
-            hidden = F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none")
-        return self.down(hidden)
+        return self.down(activated(self.kind, hidden, None if self.gate is None else self.gate(x)))
+
+
+def activated(kind: FeedForwardKind, hidden: Tensor, gate: Tensor | None) -> Tensor:
+    """The hidden layer after its activation, which is the gate's where there is one."""
+    if gate is not None:
+        return (F.silu(gate) if kind == "swiglu" else F.gelu(gate, approximate="tanh")) * hidden
+    if kind == "relu_squared":
+        return _ReluSquared.apply(hidden)
+    return F.gelu(hidden, approximate="tanh" if kind == "gelu_tanh" else "none")
 
 
 class _ReluSquared(torch.autograd.Function):

@@ -13,10 +13,12 @@ says so once. :func:`fan_in_std` is the usual answer. Norms are nobody's busines
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from genscale.models.layers import Norm
 from genscale.runtime.randomness import generator
@@ -29,16 +31,45 @@ class StatesItsRule(Protocol):
     def initial_std(self, name: str, size: torch.Size) -> float: ...
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Beginning:
+    """What a network's first values are a function of, besides their names: kept with it as ``beginning``."""
+
+    seed: int
+    prefix: str
+
+
 def initialise(network: nn.Module, seed: int, prefix: str = "model") -> None:
     """Give every parameter of ``network`` its initial value.
 
     A value depends on the seed and the parameter's full name alone, and so neither on the other layers nor on the
-    machine. ``prefix`` is the network's name in the objective.
+    machine. Parameters without data are left so: whoever gives them some calls :func:`first_values`.
+
+    Args:
+        prefix: the network's name in the objective.
     """
+    network.beginning = Beginning(seed, prefix)  # type: ignore[assignment]
+    first_values(network, lambda name: True)
+
+
+@torch.no_grad()
+def first_values(
+    network: nn.Module,
+    wanted: Callable[[str], bool],
+    write: Callable[[Tensor, Tensor], object] = lambda parameter, values: parameter.copy_(values),
+) -> None:
+    """The initial values of the wanted parameters of a network that :func:`initialise` has seen.
+
+    Args:
+        write: puts the whole values into a parameter, which may be a part of it.
+    """
+    beginning = network.beginning
+    assert isinstance(beginning, Beginning)
     rules = {path: module for path, module in network.named_modules() if isinstance(module, StatesItsRule)}
     for path, module in network.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            if parameter.is_meta or not wanted(name):
+                continue
             if isinstance(module, Norm | nn.GroupNorm):
                 centred = isinstance(module, Norm) and module.centred
                 parameter.fill_(0.0 if centred or name.endswith("bias") else 1.0)
@@ -49,8 +80,8 @@ def initialise(network: nn.Module, seed: int, prefix: str = "model") -> None:
             relative = name[len(speaker) + 1 :] if speaker else name
             std = rules[speaker].initial_std(relative, parameter.shape)
             if std:
-                draws = generator(seed, f"{prefix}.{name}")
-                parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=draws))
+                draws = generator(beginning.seed, f"{beginning.prefix}.{name}")
+                write(parameter, torch.empty(parameter.shape).normal_(std=std, generator=draws))
             else:
                 parameter.zero_()
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from genscale.models.blocks import Around, Blocks
 from genscale.models.layers import (
     Attention,
     AttentionMask,
     Embedding,
-    FeedForward,
     Head,
     KeyValueCache,
     Norm,
@@ -21,9 +20,15 @@ from genscale.models.layers import (
     Rotation,
     in_compute_dtype,
 )
+from genscale.models.mixture import Experts, feed_forward_of
 from genscale.recipe.model import TransformerModel
 
-_BRANCH_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+_BRANCH_OUTPUTS = (
+    "attention.output.weight",
+    "feed_forward.down.weight",
+    "feed_forward.experts.down",
+    "feed_forward.shared.down.weight",
+)
 """The last matrix of each residual branch."""
 
 
@@ -34,7 +39,7 @@ def norm_of(shape: TransformerModel) -> Norm:
 class Block(nn.Module):
     """Attention, then feed-forward, each normed before it (and after, with ``post_norm``) and added to its input."""
 
-    def __init__(self, shape: TransformerModel):
+    def __init__(self, shape: TransformerModel, layer: int = 0):
         super().__init__()
         self.attention_norm = norm_of(shape)
         self.attention = Attention(
@@ -52,12 +57,17 @@ class Block(nn.Module):
         )
         self.attention_post_norm = norm_of(shape) if shape.post_norm else None
         self.feed_forward_norm = norm_of(shape)
-        self.feed_forward = FeedForward(shape.width, shape.width_of_hidden, shape.feed_forward, shape.bias)
+        self.feed_forward = feed_forward_of(shape, layer, shape.bias)
         self.feed_forward_post_norm = norm_of(shape) if shape.post_norm else None
         self.dropout = shape.dropout
 
     def forward(
-        self, x: Tensor, mask: AttentionMask, rotation: Rotation | None, cache: KeyValueCache | None, layer: int
+        self,
+        x: Tensor,
+        mask: AttentionMask,
+        rotation: Rotation | None,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
     ) -> Tensor:
         y = self.attention(self.attention_norm(x), mask, rotation, cache, layer)
         if self.attention_post_norm is not None:
@@ -76,21 +86,17 @@ class Transformer(nn.Module):
         shape: the recipe's ``model``.
         vocabulary: number of tokens, special ones included.
         causal: whether a token sees only those before it; masked diffusion sees both ways.
-
-    Attributes:
-        recompute: recompute each block in the backward instead of keeping its activations.
     """
 
     def __init__(self, shape: TransformerModel, vocabulary: int, causal: bool = True):
         super().__init__()
         self.shape, self.vocabulary, self.causal = shape, vocabulary, causal
-        self.recompute = False
         self.embedding = Embedding(vocabulary, shape.width, shape.embedding_scale)
         self.position_embedding = Embedding(shape.context, shape.width) if shape.positions == "learned" else None
         self.rotary = None
         if shape.positions == "rotary":
             self.rotary = Rotary(shape.width_of_head, shape.rotary_base, shape.rotary_scaling)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.blocks = Blocks(Block(shape, layer) for layer in range(shape.layers))
         self.norm = norm_of(shape)
         self.head = Head(shape.width, vocabulary, shape.logit_soft_cap, self.embedding if shape.tied_head else None)
 
@@ -100,9 +106,12 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         cache: KeyValueCache | None = None,
         positions: Tensor | None = None,
+        logits: bool = True,
     ) -> Tensor:
-        """Logits, (batch, tokens, vocabulary); the arguments are those of :meth:`hidden`."""
-        return self.head(self.hidden(tokens, documents, cache, positions))
+        """Logits, (batch, tokens, vocabulary), or without ``logits`` what :meth:`hidden` gives, whose arguments the
+        others are."""
+        hidden = self.hidden(tokens, documents, cache, positions)
+        return self.head(hidden) if logits else hidden
 
     def hidden(
         self,
@@ -119,25 +128,54 @@ class Transformer(nn.Module):
             cache: keys and values of earlier tokens; those of ``tokens`` are appended to it.
             positions: (tokens,) or (batch, tokens) int64; by default counted from 0, or on from the cache.
         """
-        count = tokens.shape[1]
-        if positions is None:
-            positions = (cache or KeyValueCache()).positions(count, tokens.device)
-        x = self.embedding(tokens)  # (batch, tokens, width)
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
-        x = F.dropout(in_compute_dtype(x), self.shape.dropout, self.training)
-        rotation = None if self.rotary is None else self.rotary(positions, x.dtype)
-        masks = self._masks(tokens, documents, cache)
-        recompute = self.recompute and self.training and cache is None and is_grad_enabled()
-        for layer, block in enumerate(self.blocks):
-            mask = masks[self.window_of(layer)]
-            if recompute:
-                x = checkpoint(block, x, mask, rotation, None, layer, use_reentrant=False)
-            else:
-                x = block(x, mask, rotation, cache, layer)
+        inputs = {"tokens": tokens, "documents": documents, "cache": cache, "positions": positions}
+        x, _ = self.enter(**inputs)
+        x = self.norm(self.blocks(x, None, self.around(x.dtype, **inputs)))
         if cache is not None:
-            cache.advance(count)
+            cache.advance(tokens.shape[1])
+        return x
+
+    # In parts, for pipelines: see genscale.models.blocks.Stacked
+
+    first = ("embedding", "position_embedding")
+    last = ("norm", "head")
+    conditioned = False
+
+    def enter(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """What enters the blocks, (batch, tokens, width); the arguments are those of :meth:`hidden`."""
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(self._positions(tokens, cache, positions))
+        return F.dropout(in_compute_dtype(x), self.shape.dropout, self.training), None
+
+    def around(
+        self,
+        dtype: torch.dtype,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        positions: Tensor | None = None,
+    ) -> Around:
+        """What the blocks are told beside it; the arguments are those of :meth:`hidden`."""
+        rotation = None if self.rotary is None else self.rotary(self._positions(tokens, cache, positions), dtype)
+        masks = self._masks(tokens, documents, cache)
+        return Around([masks[self.window_of(layer)] for layer in range(self.shape.layers)], rotation, cache)
+
+    def leave(self, x: Tensor, condition: None, **inputs: Tensor | None) -> Tensor:
+        """The head's input again, of what the blocks gave."""
         return self.norm(x)
+
+    @staticmethod
+    def _positions(tokens: Tensor, cache: KeyValueCache | None, positions: Tensor | None) -> Tensor:
+        if positions is not None:
+            return positions
+        return (cache or KeyValueCache()).positions(tokens.shape[1], tokens.device)
 
     def initial_std(self, name: str, size: torch.Size) -> float:
         """How the parameter ``name`` begins: normal with this standard deviation around 0.
@@ -180,5 +218,11 @@ class Transformer(nn.Module):
         """
         matrices = sum(module.weight.numel() for module in self.modules() if isinstance(module, nn.Linear))
         matrices += self.vocabulary * self.shape.width  # the head, tied or not
+        matrices += sum(
+            round(stack.numel() * module.share_active)
+            for module in self.modules()
+            if isinstance(module, Experts)
+            for stack in module.parameters()
+        )
         reach = sum(min(context, self.window_of(layer) or context) for layer in range(self.shape.layers))
         return 6.0 * matrices + 12.0 * self.shape.heads * self.shape.width_of_head * reach

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from genscale.data.description import ImageDescription
+from genscale.models.blocks import Recompute, run_block
 from genscale.models.conditioning import Condition, ConditionKind, Told
 from genscale.models.group_norm import GroupNorm
 from genscale.models.initialise import fan_in_std
@@ -96,7 +96,7 @@ class UNet(nn.Module):
         augmentation_width: parameters of the augmentation that it is told; 0: none.
 
     Attributes:
-        recompute: recompute each block in the backward instead of keeping its activations.
+        recompute: what blocks recompute in the backward instead of keeping it: see genscale.models.blocks.
 
     Raises:
         UserError: the resolution cannot be halved as often as the shape has levels.
@@ -112,7 +112,7 @@ class UNet(nn.Module):
         super().__init__()
         _check_halvings(len(shape.multipliers), described.resolution)
         self.shape = shape
-        self.recompute = False
+        self.recompute: Recompute = "none"
         told = 4 * shape.width
         caption_width = shape.text_encoder.width if conditioning == "text" else None
         self.condition = Condition(described, conditioning, shape.width, told, shape.text_encoder, augmentation_width)
@@ -178,9 +178,7 @@ class UNet(nn.Module):
         return self.output(self.norm(y)).to(x.dtype)
 
     def _run(self, block: nn.Module, x: Tensor, told: Told) -> Tensor:
-        if self.recompute and self.training and is_grad_enabled():
-            return checkpoint(block, x, told, use_reentrant=False)
-        return block(x, told)
+        return run_block(block, self.recompute if self.training and is_grad_enabled() else "none", x, told)
 
     def initial_std(self, name: str, size: torch.Size) -> float:
         """Each branch and the answer begin at zero; the rest keeps its input's variance."""

@@ -52,6 +52,60 @@ def cross_entropy(
     return CrossEntropy(*sums)
 
 
+def rows_in_block(device: torch.device, vocabulary: int) -> int:
+    """Rows of logits that are looked at together."""
+    return max(1, _BLOCK.get(device.type, _ACCELERATOR_BLOCK) // vocabulary)
+
+
+def softmax(scores: Tensor, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Probabilities (block, vocabulary) and log-partitions (block,) of logits (block, vocabulary)."""
+    probabilities = torch.softmax(scores, dim=1, dtype=exact)
+    # The largest probability is exp(max - log Z) and at least 1 / vocabulary, so that its log is exact.
+    return probabilities, scores.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
+
+
+def row_losses(
+    log_partition: Tensor, target_scores: Tensor, mean_scores: Tensor | None, label_smoothing: float, z_loss: float
+) -> CrossEntropy:
+    """The three losses of each row, (block,); the mean over the vocabulary only where labels are smoothed."""
+    plain, squared = log_partition - target_scores, log_partition.square()
+    total = plain
+    if mean_scores is not None:
+        total = torch.lerp(plain, log_partition - mean_scores, label_smoothing)
+    if z_loss:
+        total = total + z_loss * squared
+    return CrossEntropy(total, plain, squared)
+
+
+def turn_into_gradient(
+    probabilities: Tensor,
+    log_partition: Tensor,
+    target: Tensor,
+    share: Tensor,
+    weights: Tensor | None,
+    spread: float,
+    z_loss: float,
+) -> None:
+    """Make of probabilities the gradient of the total with respect to their logits, in place.
+
+    Args:
+        probabilities: (block, vocabulary).
+        log_partition: (block,).
+        target: (block, 1) the column of the target.
+        share: (block, 1) what the target has of the wanted distribution, above ``spread``.
+        weights: (block,) or None.
+        spread: what every token has of it.
+        z_loss: as above.
+    """
+    if z_loss:
+        probabilities *= (1 + 2 * z_loss * log_partition)[:, None]
+    if spread:
+        probabilities -= spread
+    probabilities.scatter_add_(1, target, -share)
+    if weights is not None:
+        probabilities *= weights[:, None]
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """logits (rows, vocabulary), targets (rows,), weights (rows,) -> total, plain, squared log-partition."""
 
@@ -65,31 +119,22 @@ class _SummedCrossEntropy(torch.autograd.Function):
         gradient_type = exact if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty_like(logits, dtype=gradient_type) if logits.requires_grad else None
         total, plain, squared = (torch.empty(rows, dtype=exact, device=logits.device) for _ in range(3))
-        step = max(1, _BLOCK.get(logits.device.type, _ACCELERATOR_BLOCK) // vocabulary)
+        step = rows_in_block(logits.device, vocabulary)
         for start in range(0, rows, step):
             block = slice(start, min(start + step, rows))
             scores = logits[block]
             target = targets[block, None]
-            probabilities = torch.softmax(scores, dim=1, dtype=exact)  # (block, vocabulary)
-            # The largest probability is exp(max - log Z) and at least 1 / vocabulary, so that its log is exact.
-            log_partition = scores.amax(dim=1).to(exact) - probabilities.amax(dim=1).log()
-            plain[block] = log_partition - scores.gather(1, target).squeeze(1)
-            squared[block] = log_partition.square()
-            total[block] = plain[block]
-            if label_smoothing:
-                spread = log_partition - scores.mean(dim=1, dtype=exact)
-                total[block] = torch.lerp(plain[block], spread, label_smoothing)
-            if z_loss:
-                total[block] += z_loss * squared[block]
+            probabilities, log_partition = softmax(scores, exact)
+            target_scores = scores.gather(1, target).squeeze(1)
+            mean_scores = scores.mean(dim=1, dtype=exact) if label_smoothing else None
+            losses = row_losses(log_partition, target_scores, mean_scores, label_smoothing, z_loss)
+            total[block], plain[block], squared[block] = losses
             if gradient is None:
                 continue
-            if z_loss:
-                probabilities *= (1 + 2 * z_loss * log_partition)[:, None]
-            if label_smoothing:
-                probabilities -= label_smoothing / vocabulary
-            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, label_smoothing - 1))
-            if weights is not None:
-                probabilities *= weights[block, None]
+            share = probabilities.new_full(target.shape, 1 - label_smoothing)
+            block_weights = None if weights is None else weights[block]
+            spread = label_smoothing / vocabulary
+            turn_into_gradient(probabilities, log_partition, target, share, block_weights, spread, z_loss)
             gradient[block] = probabilities
         ctx.gradient = gradient
         ctx.logits_type = logits.dtype

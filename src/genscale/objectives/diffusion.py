@@ -172,7 +172,7 @@ class _Diffusion(Denoising):
 
     def validate(self, batch: ImageBatch, rng: Rng) -> Loss:
         inputs, targets = self.prepare(batch, rng, training=False)
-        return self.criterion(self.networks["model"](**inputs), targets, training=False)
+        return self.score(inputs, targets, training=False)
 
     def scores(self, means: dict[str, Tensor]) -> dict[str, float]:
         """Without the thirds that no held-out image fell into, where there are only a few."""

@@ -11,14 +11,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from genscale.data.batch import TextBatch
 from genscale.data.description import TextDescription
+from genscale.models.embedding import Head
 from genscale.models.initialise import initialise
 from genscale.models.transformer import Transformer
-from genscale.objectives.cross_entropy import cross_entropy
+from genscale.objectives.cross_entropy import CrossEntropy
 from genscale.objectives.decoding import Filling, TextRequest, TextSample, decode
 from genscale.objectives.infill import MIDDLE_SENTINELS, SpanLayout, corrupt_spans, rearrange_middle, span_layout
+from genscale.objectives.linear_cross_entropy import linear_cross_entropy
 from genscale.objectives.objective import Denoising, Loss, Phase
 from genscale.objectives.token_dropout import drop_tokens
 from genscale.objectives.unmasking import unmask
@@ -39,6 +42,24 @@ class Targets(NamedTuple):
     number: Tensor
     """Scalar: tokens that the loss speaks of."""
 
+    def ending_at(self, time: int) -> Targets:
+        """The same after tokens that do not count, so that there are ``time``."""
+        missing = time - self.tokens.shape[1]
+        if not missing:
+            return self
+        weights = torch.ones_like(self.tokens, dtype=torch.bool) if self.weights is None else self.weights
+        return Targets(F.pad(self.tokens, (missing, 0)), F.pad(weights, (missing, 0)), self.number)
+
+    def some(self, chunks: tuple[int, ...], of: int) -> Targets:
+        """Some of ``of`` equal chunks of the tokens, and an equal part of the number."""
+
+        def take(x: Tensor) -> Tensor:
+            every = x.chunk(of, 1)
+            return torch.cat([every[chunk] for chunk in chunks], dim=1)
+
+        weights = None if self.weights is None else take(self.weights)
+        return Targets(take(self.tokens), weights, self.number * (len(chunks) / of))
+
 
 def _networks(recipe: Recipe, vocabulary: int, causal: bool) -> nn.ModuleDict:
     """The one network, with its first weights."""
@@ -55,16 +76,6 @@ def _shape(recipe: Recipe) -> TransformerModel:
 def _flops(networks: nn.ModuleDict, time: int) -> float:
     """Of one sample of ``time`` tokens."""
     return time * cast(Transformer, networks["model"]).flops_per_token(time)
-
-
-def _summed_loss(logits: Tensor, targets: Targets, options: TextObjective, training: bool) -> Loss:
-    """Cross entropy; label smoothing and z-loss only when training, and never in the metric ``loss``."""
-    smoothing, z_loss = (options.label_smoothing, options.z_loss) if training else (0.0, 0.0)
-    sums = cross_entropy(logits, targets.tokens, targets.weights, smoothing, z_loss)
-    metrics = {"loss": (sums.plain, targets.number)}
-    if z_loss:
-        metrics["z_loss"] = (z_loss * sums.squared_log_partition, targets.number)
-    return Loss(sums.total, metrics)
 
 
 def _valid_tokens(batch: TextBatch) -> Tensor:
@@ -85,8 +96,52 @@ class _Language(Denoising):
     """What the three share."""
 
     shape: TransformerModel
+    options: TextObjective
     vocabulary: int
     """The tokenizer's number of tokens."""
+    known: int | None = None
+    """The first so many tokens of the network's vocabulary can be an answer; None: all."""
+
+    def answer(self, inputs: dict[str, Any]) -> Tensor:
+        """The head's input, (batch, tokens, width): of all tokens, or of those that this process has."""
+        return self.networks["model"](**inputs, logits=False)
+
+    def scored(self, answer: Tensor, targets: Targets, training: bool = True) -> Loss:
+        if self.sharers > 1:
+            whole = answer.shape[1] * self.sharers
+            chunks = (self.share, 2 * self.sharers - 1 - self.share)  # as parallel/context.py deals them out
+            targets = targets.ending_at(whole).some(chunks, 2 * self.sharers)
+        return self.criterion(answer, targets, training)
+
+    def criterion(self, outputs: Tensor, targets: Targets, training: bool = True) -> Loss:
+        """Cross entropy of the last tokens; label smoothing and z-loss only when training, never in ``loss``.
+
+        Args:
+            outputs: (batch, tokens, width), the head's input.
+        """
+        options = self.options
+        smoothing, z_loss = (options.label_smoothing, options.z_loss) if training else (0.0, 0.0)
+
+        def read(hidden: Tensor, weight: Tensor, head: Head) -> CrossEntropy:
+            return linear_cross_entropy(
+                hidden,
+                weight,
+                targets.tokens,
+                targets.weights,
+                smoothing,
+                z_loss,
+                head.soft_cap,
+                self.known,
+                head.group,
+                head.first_row,
+                head.vocabulary,
+            )
+
+        sums = cast(Transformer, self.networks["model"]).head(outputs[:, -targets.tokens.shape[1] :], read)
+        metrics = {"loss": (sums.plain, targets.number)}
+        if z_loss:
+            metrics["z_loss"] = (z_loss * sums.squared_log_partition, targets.number)
+        return Loss(sums.total, metrics)
 
     def flops_per_sample(self) -> float:
         return _flops(self.networks, self.shape.context)
@@ -126,9 +181,6 @@ class CausalLanguage(_Language):
             inputs["documents"] = batch.documents[:, :-1]
         return inputs, Targets(batch.tokens[:, 1:], batch.valid, _valid_tokens(batch))
 
-    def criterion(self, outputs: Tensor, targets: Targets, training: bool = True) -> Loss:
-        return _summed_loss(outputs, targets, self.options, training)
-
     def sample(self, request: TextRequest, rng: Rng) -> list[TextSample]:
         """Continue each prompt; returns what was written."""
         if request.suffixes is not None:
@@ -152,6 +204,7 @@ class MaskedLanguage(_Language):
         self.shape = _shape(recipe)
         vocabulary = self.vocabulary = described.vocabulary
         self.special = {"mask": vocabulary}
+        self.known = vocabulary  # the mask itself is never the answer (MDLM, section 3.2.3)
         self.networks = _networks(recipe, vocabulary + 1, causal=False)
 
     def weight(self, phase: Phase, batch: TextBatch) -> Tensor:
@@ -173,10 +226,6 @@ class MaskedLanguage(_Language):
         if self.shape.within_documents:
             inputs["documents"] = batch.documents[:, 1:]
         return inputs, Targets(tokens, weights, _valid_tokens(batch))
-
-    def criterion(self, outputs: Tensor, targets: Targets, training: bool = True) -> Loss:
-        # The mask itself is never the answer (MDLM, section 3.2.3, "zero masking probabilities").
-        return _summed_loss(outputs[..., : self.vocabulary], targets, self.options, training)
 
     def sample(self, request: TextRequest, rng: Rng) -> list[TextSample]:
         """Continue each prompt, or fill between it and its suffix, by unmasking; returns what was written."""
@@ -221,9 +270,6 @@ class InfillLanguage(_Language):
             first_target = self.spans.corrupted
         valid = valid[:, first_target:]
         return {"tokens": tokens[:, :-1]}, Targets(tokens[:, first_target:], valid, valid.sum())
-
-    def criterion(self, outputs: Tensor, targets: Targets, training: bool = True) -> Loss:
-        return _summed_loss(outputs[:, -targets.tokens.shape[1] :], targets, self.options, training)
 
     def sample(self, request: TextRequest, rng: Rng) -> list[TextSample]:
         """Continue each prompt, or fill between it and its suffix; returns what was written.

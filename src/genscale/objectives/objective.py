@@ -18,6 +18,13 @@ class Loss(NamedTuple):
     metrics: dict[str, tuple[Tensor, Tensor]]
     """Name to (sum, count), reduced over micro-batches and ranks the same way. ``loss`` is always among them."""
 
+    def times(self, factor: float) -> Loss:
+        """All of it, sums and counts alike, times a factor."""
+        if factor == 1:
+            return self
+        metrics = {name: (total * factor, count * factor) for name, (total, count) in self.metrics.items()}
+        return Loss(self.total * factor, metrics)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -119,10 +126,28 @@ class Denoising(Objective):
         """From outputs and targets to a summed loss; smoothing and penalties only when training."""
         raise NotImplementedError
 
+    def answer(self, inputs: dict[str, Any]) -> Any:
+        """What the criterion compares with the targets."""
+        return self.networks["model"](**inputs)
+
+    def score(self, inputs: dict[str, Any], targets: Any, training: bool = True) -> Loss:
+        """The loss of what :meth:`prepare` gave. A pipeline takes the place of this."""
+        return self.scored(self.answer(inputs), targets, training)
+
+    def scored(self, answer: Any, targets: Any, training: bool = True) -> Loss:
+        """This process's part of the loss of an answer: all of it, unless a sequence is shared by several."""
+        return self.criterion(answer, targets, training).times(1 / self.sharers)
+
+    sharers = 1
+    """Processes that share each sequence, of which this is number ``share``."""
+    share = 0
+
+    def split_over(self, share: int, sharers: int) -> None:
+        """From now on, this process is one of several that share each sequence."""
+        self.share, self.sharers = share, sharers
+
     def loss(self, phase: Phase, batch: Any, rng: Rng, scalars: dict[str, float]) -> Loss:
-        inputs, targets = self.prepare(batch, rng)
-        return self.criterion(self.networks["model"](**inputs), targets)
+        return self.score(*self.prepare(batch, rng))
 
     def validate(self, batch: Any, rng: Rng) -> Loss:
-        inputs, targets = self.prepare(batch, rng)
-        return self.criterion(self.networks["model"](**inputs), targets, training=False)
+        return self.score(*self.prepare(batch, rng), training=False)

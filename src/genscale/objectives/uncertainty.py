@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genscale.models.initialise import initialise
 from genscale.runtime.randomness import generator
 
 _FEATURES = 128
@@ -33,6 +34,9 @@ class Uncertainty(nn.Module):
         angles = noise_level[:, None] * self.frequencies + self.phases  # (batch, features), in turns
         return (torch.cos(2 * math.pi * angles) * (self.weight * math.sqrt(2 / _FEATURES))).sum(dim=1)
 
+    def initial_std(self, name: str, size: torch.Size) -> float:
+        return 0.0
+
 
 class UncertainDenoiser(nn.Module):
     """A denoising network and its uncertainty, trained together: (answer, uncertainty)."""
@@ -41,6 +45,7 @@ class UncertainDenoiser(nn.Module):
         super().__init__()
         self.network = network
         self.uncertainty = Uncertainty()
+        initialise(self.uncertainty, 0, prefix="uncertainty")
 
     def forward(self, x: Tensor, noise_level: Tensor, **conditions: Any) -> tuple[Tensor, Tensor]:
         return self.network(x, noise_level, **conditions), self.uncertainty(noise_level)

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from genscale.recipe.base import Part
+from genscale.recipe.mixture import Mixture
 
 
 class TextEncoder(Part):
@@ -39,6 +40,8 @@ class DiffusionTransformerModel(Part):
     hidden: int | None = Field(default=None, ge=1)
     """Width of the feed-forward layer; by default 4 x width, or 8/3 x width rounded up to 64 when gated."""
     feed_forward: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu_squared"] = "gelu_tanh"
+    mixture: Mixture | None = None
+    """Experts in place of the feed-forward layers, of which each token uses a few."""
     positions: Literal["rotary", "learned"] = "rotary"
     """``rotary`` turns half of each head by the row and half by the column."""
     query_key_norm: bool = True
@@ -50,6 +53,8 @@ class DiffusionTransformerModel(Part):
     def _fits(self) -> DiffusionTransformerModel:
         if self.width % self.heads:
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width})")
+        if self.mixture is not None and self.mixture.from_layer >= self.layers:
+            raise ValueError(f"mixture.from_layer ({self.mixture.from_layer}) is not one of {self.layers} layers")
         if self.positions == "rotary" and self.width // self.heads % 4:
             raise ValueError(
                 f"rotary positions in two directions need a head width that 4 divides, not {self.width // self.heads}"

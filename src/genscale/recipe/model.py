@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from genscale.recipe.base import Part
 from genscale.recipe.image_model import DCGANModel, DiffusionTransformerModel, GANModel, UNetModel
+from genscale.recipe.mixture import Mixture
 
 
 class RotaryScaling(Part):
@@ -43,6 +44,8 @@ class TransformerModel(Part):
     """Norm each branch's output as well (Gemma 2)."""
     query_key_norm: bool = False
     """RMSNorm on each head's queries and keys (Qwen 3)."""
+    mixture: Mixture | None = None
+    """Experts in place of the feed-forward layers, of which each token uses a few."""
     bias: bool = False
     """Biases in the feed-forward and attention output layers and in LayerNorm (GPT-2)."""
     query_key_value_bias: bool = False
@@ -77,6 +80,8 @@ class TransformerModel(Part):
             raise ValueError(f"heads ({self.heads}) must divide width ({self.width}), or head_width be given")
         if self.key_value_heads is not None and self.heads % self.key_value_heads:
             raise ValueError(f"key_value_heads ({self.key_value_heads}) must divide heads ({self.heads})")
+        if self.mixture is not None and self.mixture.from_layer >= self.layers:
+            raise ValueError(f"mixture.from_layer ({self.mixture.from_layer}) is not one of {self.layers} layers")
         if self.positions == "rotary" and self.width_of_head % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.width_of_head}")
         return self

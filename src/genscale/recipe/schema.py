@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 from genscale.recipe.amount import Clock
 from genscale.recipe.base import NamedPath, Part
 from genscale.recipe.data import Data, TextData
+from genscale.recipe.layout import Layout
 from genscale.recipe.model import Model, TransformerModel
 from genscale.recipe.objective import CausalObjective, Objective
 from genscale.recipe.sampling import ImageSampling, Sampling, TextSampling
-from genscale.recipe.training import Layout, Training
+from genscale.recipe.training import Training
 
 _MODELS = {
     "text": ("transformer",),

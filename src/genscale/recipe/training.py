@@ -177,24 +177,3 @@ class Training(Part):
         if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile is the first and the last step, not {list(self.profile)}")
         return self
-
-
-class Layout(Part):
-    """How the work lies on the devices. What is learned does not depend on it."""
-
-    device: str = "auto"
-    """``auto``: the accelerator if there is one, else the CPU."""
-    micro_batch: int | Literal["auto"] = "auto"
-    """Samples in one forward and backward pass."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """``auto``: what the device multiplies fastest, by a short measurement."""
-    compile: bool | Literal["auto"] = "auto"
-    """``auto``: torch.compile where a short measurement shows that it pays within the budget."""
-    recompute: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-
-    @model_validator(mode="after")
-    def _positive(self) -> Layout:
-        if self.micro_batch != "auto" and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, not {self.micro_batch}")
-        return self

@@ -44,6 +44,17 @@ FREE = (
     "layout.micro_batch",
     "layout.compile",
     "layout.recompute",
+    "layout.replicate",
+    "layout.shard",
+    "layout.tensor",
+    "layout.sequence",
+    "layout.pipeline",
+    "layout.schedule",
+    "layout.stages",
+    "layout.context",
+    "layout.attention",
+    "layout.expert",
+    "layout.offload",
     "sampling",
 )
 """The keys of a recipe that may change when a run goes on, because what is learned does not depend on them."""

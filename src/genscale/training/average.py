@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from genscale.parallel.shards import alike, local
 from genscale.runtime.errors import UserError
 
 _RAMP = 0.05
@@ -19,7 +20,8 @@ class WeightAverage:
     """Average of the parameters with a half-life in samples, in float32 whatever the network's dtype.
 
     After n samples more, with N seen in all, average <- beta average + (1 - beta) weights, where
-    beta = 0.5 ^ (n / min(half_life, 0.05 N)). Buffers are the network's own and are not averaged.
+    beta = 0.5 ^ (n / min(half_life, 0.05 N)). Buffers are the network's own and are not
+    averaged. Of parameters that are split over ranks each rank averages its part.
 
     Args:
         network: its parameters are followed by name.
@@ -29,7 +31,8 @@ class WeightAverage:
     def __init__(self, network: nn.Module, half_life: int):
         self.half_life = half_life
         self.samples = 0
-        self._parameters: dict[str, Tensor] = dict(network.named_parameters())
+        self._whole: dict[str, Tensor] = dict(network.named_parameters())
+        self._parameters = {name: local(parameter) for name, parameter in self._whole.items()}
         self._averages = {name: value.detach().float().clone() for name, value in self._parameters.items()}
 
     @torch.no_grad()
@@ -49,14 +52,16 @@ class WeightAverage:
     @property
     def state(self) -> dict[str, Tensor]:
         """The averages by parameter, live, and ``samples``: for the checkpoint."""
-        return {**self._averages, "samples": torch.tensor(self.samples)}
+        averages = {name: alike(self._whole[name], average) for name, average in self._averages.items()}
+        return {**averages, "samples": torch.tensor(self.samples)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :attr:`state` gave; raises UserError when it is another network's."""
         for name, average in self._averages.items():
-            if name not in tensors or tensors[name].shape != average.shape:
-                raise UserError(f"the checkpoint has no average of '{name}' of shape {tuple(average.shape)}")
-            average.copy_(tensors[name])
+            shape = self._whole[name].shape
+            if name not in tensors or tensors[name].shape != shape:
+                raise UserError(f"the checkpoint has no average of '{name}' of shape {tuple(shape)}")
+            average.copy_(local(tensors[name]))
         self.samples = int(tensors["samples"])
 
 

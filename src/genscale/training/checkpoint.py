@@ -45,6 +45,9 @@ from genscale.training.tensor_file import DamagedFile
 # One process without a process group is what most runs are; DCP warns of it on every save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+Saved = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The types and shapes of a checkpoint's tensors, by name."""
+
 _FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 _ASIDE = re.compile(r"\.step-\d{8,}\.aside(-old)?")
 
@@ -71,12 +74,13 @@ class CheckpointStore:
         folder: where checkpoints lie; made by the first save.
         keep_last: number of newest checkpoints that are kept.
         keep_every: steps; the first checkpoint at or after each multiple of it is kept for good.
+        alone: one process uses it, whatever others there are.
 
     Attributes:
         pause_seconds: how long training was held up by the last save.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int | None = None):
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int | None = None, alone: bool = False):
         self.folder = Path(folder)
         self.pause_seconds = 0.0
         self._keep_last = keep_last
@@ -85,7 +89,7 @@ class CheckpointStore:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
-        if dist.is_available() and dist.is_initialized():
+        if not alone and dist.is_available() and dist.is_initialized():
             # A group of our own, so that the background thread's messages never mix with training's.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         self._rank = dist.get_rank(self._group) if self._group else 0
@@ -140,7 +144,7 @@ class CheckpointStore:
         self,
         which: int | Literal["last", "best"] = "last",
         names: Callable[[str], bool] | None = None,
-        into: dict[str, Tensor] | None = None,
+        into: dict[str, Tensor] | Callable[[Saved], dict[str, Tensor]] | None = None,
     ) -> Checkpoint:
         """Load a checkpoint; a damaged one is passed over for the one before it, with a warning.
 
@@ -148,7 +152,8 @@ class CheckpointStore:
             which: a step, the last or the best. A step that was asked for by number is never replaced by another.
             names: chooses the tensors; nothing of the others is read.
             into: fill these tensors in place, on their device and in their layout, instead of making new ones on the
-                CPU. Loading then fits any number of ranks, whatever number saved.
+                CPU; or what makes them of the types and shapes that were saved. Loading then fits any number of ranks,
+                whatever number saved.
 
         Raises UserError when no intact checkpoint is left, KeyError for a name in ``into`` that was not saved, and
         ValueError for one of another shape.
@@ -245,8 +250,13 @@ class CheckpointStore:
         )
 
     def _targets(
-        self, index: Index, names: Callable[[str], bool] | None, into: dict[str, Tensor] | None
+        self,
+        index: Index,
+        names: Callable[[str], bool] | None,
+        into: dict[str, Tensor] | Callable[[Saved], dict[str, Tensor]] | None,
     ) -> dict[str, Tensor]:
+        if callable(into):
+            into = into({name: dtype_and_shape(index, name) for name in index})
         if into is not None:
             missing = sorted(set(into) - set(index))
             if missing:
@@ -343,13 +353,16 @@ def _first_failure(do: Callable[[], None]) -> None:
         raise error from None
 
 
-def export_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def export_weights(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, alone: bool = False
+) -> None:
     """Write plain safetensors, atomically. Under a process group every rank calls it, and rank 0 writes.
 
     Args:
+        alone: this process calls it, whatever others there are.
         metadata: kept in the file's header: the recipe's name, the step.
     """
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rank = dist.get_rank() if not alone and dist.is_available() and dist.is_initialized() else 0
     whole = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()

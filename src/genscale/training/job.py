@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from genscale.objectives.objective import Objective
+from genscale.parallel.mesh import Mesh
+from genscale.recipe.layout import Axis
 from genscale.recipe.schema import Recipe
 from genscale.runs.run import Run
 from genscale.runtime.peak import Peak
@@ -55,15 +57,18 @@ class Job:
     precision: str
     device: torch.device
     world: World
+    mesh: Mesh
     peak: Peak
     flops_per_sample: float
+    parameters: dict[str, int]
+    """Of each network, over all ranks."""
     checkpoints: CheckpointStore
     tracker: Tracker
     display: TrainingDisplay
     interruption: Interruption
     profile: StepProfile
     preview: Callable[[], list[dict[str, str | bytes]]]
-    """Draws the samples that the report shows."""
+    """Draws the samples that the report shows; called by all ranks, the first one draws."""
     guards: dict[str, Guard]
     """One for each phase."""
     early_stopping: EarlyStopping | None
@@ -73,6 +78,12 @@ class Job:
     def leads(self) -> bool:
         """Whether this process writes what one process writes."""
         return self.world.rank == 0
+
+    @property
+    def dropout_offset(self) -> int:
+        """Added to the seed of dropout where ranks have different tokens of the same samples."""
+        axes: tuple[Axis, ...] = ("context", "tensor") if self.recipe.layout.sequence else ("context",)
+        return self.mesh.rank(*axes)
 
     @property
     def done(self) -> bool:

@@ -14,7 +14,7 @@ from genscale.training.job import Job
 from genscale.training.meter import Meter
 from genscale.training.power_average import PowerAverage
 from genscale.training.precision import autocast, torch_dtype
-from genscale.training.step import accumulate, apply, clear
+from genscale.training.step import accumulate, apply, clear, reshard
 
 
 def run_steps(job: Job) -> None:
@@ -42,10 +42,10 @@ def run_steps(job: Job) -> None:
         scored = plan.due(plan.validate_every, step) or job.done
         best = scored and validate(job)
         if best or plan.due(plan.checkpoint_every, step):
-            job.checkpoints.save(progress.step, job.state.tensors(), job.facts(), best=best)
+            job.checkpoints.save(progress.step, job.state.saved_tensors(), job.facts(), best=best)
             saved = progress.step
     if saved != progress.step:
-        job.checkpoints.save(progress.step, job.state.tensors(), job.facts())
+        job.checkpoints.save(progress.step, job.state.saved_tensors(), job.facts())
     job.checkpoints.wait()
 
 
@@ -102,7 +102,7 @@ def go_back(job: Job) -> None:
         job.guards[name].remember(memory)
     # Saving drops the later checkpoints: a run killed from here on goes on from this one, with what was remembered.
     best = job.progress.best_step == job.progress.step
-    job.checkpoints.save(job.progress.step, job.state.tensors(), job.facts(), best=best, wait=True)
+    job.checkpoints.save(job.progress.step, job.state.saved_tensors(), job.facts(), best=best, wait=True)
     job.event("rollback", f"went back to step {job.progress.step:,}")
 
 
@@ -111,7 +111,7 @@ def restore(job: Job, which: int | Literal["last"] = "last") -> bool:
     if job.checkpoints.is_empty():
         return False
     try:
-        checkpoint = job.checkpoints.load(which)
+        checkpoint = job.checkpoints.load(which, into=job.state.room_for if job.recipe.layout.sharded else None)
     except UserError as error:
         raise UserError(f"{error}; delete {job.checkpoints.folder} to begin anew") from None
     job.state.load(checkpoint.tensors)
@@ -183,6 +183,7 @@ def utilisation(job: Job, samples_per_second: float) -> float:
 def validate(job: Job) -> bool:
     """Score the held-out data, draw the report's samples, and say whether this is the best so far."""
     progress, plan = job.progress, job.plan
+    reshard(job)
     with job.state.evaluation_weights():
         scores = held_out(
             job.objective,
@@ -193,10 +194,11 @@ def validate(job: Job) -> bool:
             device=job.device,
             autocast=lambda: autocast(job.precision, job.device),
             world=job.world,
+            data=job.mesh.data,
         )
-        if job.leads:
-            for number, sample in enumerate(job.preview()):
-                keep_sample(job, number, sample)
+        reshard(job)
+        for number, sample in enumerate(job.preview()):
+            keep_sample(job, number, sample)
     best = progress.best_loss is None or scores["loss"] < progress.best_loss
     if best:
         progress.best_step, progress.best_loss = progress.step, scores["loss"]

@@ -26,11 +26,19 @@ def choose_micro_batch(
     precision: str,
     device: torch.device,
     world: World,
+    pipeline: int = 1,
 ) -> int:
-    """Samples in one forward: as asked, or the most that is useful and fits in half of the free memory."""
+    """Samples in one forward: as asked, or the most that is useful and fits in half of the free memory.
+
+    Args:
+        world: the ranks that share the batch.
+        pipeline: ranks of a pipeline, which wants equal micro-batches, and as many as keep all of them busy.
+    """
     share = batch // world.size
     if share < 1:
         raise UserError(f"training.batch: {batch} samples are fewer than the {world.size} ranks")
+    if pipeline > 1:
+        return _for_pipeline(requested, batch, world, pipeline)
     if requested != "auto":
         if requested > share:
             raise UserError(
@@ -45,3 +53,25 @@ def choose_micro_batch(
     wanted = max(1, min(share, fits, enough))
     passes = -(-share // wanted)
     return -(-share // passes)  # equal passes
+
+
+def _for_pipeline(requested: int | Literal["auto"], batch: int, world: World, pipeline: int) -> int:
+    """Samples in each of equal micro-batches, equally many on every rank: a multiple of the pipeline's ranks."""
+    share, rest = divmod(batch, world.size)
+    fitting = (
+        [] if rest else [size for size in range(1, share + 1) if share % size == 0 and share // size % pipeline == 0]
+    )
+    if not fitting:
+        raise UserError(
+            f"training.batch: {batch} samples are not a multiple of {world.size} x layout.pipeline ({pipeline}), as a "
+            "pipeline's micro-batches must be"
+        )
+    if requested == "auto":
+        busy = [size for size in fitting if share // size >= 4 * pipeline]  # a bubble of at most a fifth
+        return max(busy) if busy else min(fitting)
+    if requested not in fitting:
+        raise UserError(
+            f"layout.micro_batch: {requested} samples do not divide {batch} into equal micro-batches that keep a "
+            f"pipeline of {pipeline} busy; {', '.join(map(str, fitting))} do"
+        )
+    return requested

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from genscale.parallel.shards import alike, part_of, whole
 from genscale.runtime.world import from_rank_0
 from genscale.training.precision import pick_precision
 
@@ -22,6 +24,27 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients: the steepest at zero, so that five steps bring all singular values to 0.7 - 1.2."""
 _STACKED_ELEMENTS = 2**26
 """At most this many elements go through Newton-Schulz at once, which bounds the memory for its intermediates."""
+
+
+class Form(NamedTuple):
+    """How matrices lie in a parameter."""
+
+    rows: tuple[int, ...] = ()
+    """Of matrices that are stacked along the rows (query, key and value in one); empty: one matrix."""
+    stacked: bool = False
+    """One matrix for each index of the first dimension (experts)."""
+    split: DTensor | None = None
+    """The parameter of which the rank has a part, where it has not the whole."""
+
+    def whole(self, update: Tensor) -> Tensor:
+        """Of this rank's part of an update: all of it, as orthogonalising looks at whole matrices."""
+        return update if self.split is None else whole(alike(self.split, update))
+
+    def matrices(self, whole: Tensor) -> Sequence[Tensor]:
+        """(rows, columns) each, in the same memory."""
+        if self.stacked:
+            return whole.unbind()
+        return whole.flatten(1).split(self.rows or (len(whole),))
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,8 +55,7 @@ class Muon(torch.optim.Optimizer):
         groups: parameter groups with ``lr`` and ``weight_decay``.
         bits: 16 multiplies in bfloat16, 32 in float32 (:func:`multiplying_bits`). Kept in the checkpoint, so that a run
             that moves to another machine goes on as it began.
-        pieces: for a parameter that stacks several matrices along its rows (query, key and value in one), their rows:
-            each is orthogonalised by itself.
+        forms: of the parameters, where they are more than one whole matrix each.
     """
 
     def __init__(
@@ -42,11 +64,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float,
         newton_schulz_steps: int,
         bits: int,
-        pieces: dict[Tensor, tuple[int, ...]] | None = None,
+        forms: dict[Tensor, Form] | None = None,
     ):
         super().__init__(groups, {"momentum": momentum, "bits": bits, "kept_scalars": ("bits",)})
         self.newton_schulz_steps = newton_schulz_steps
-        self.pieces = pieces or {}
+        self.forms = forms or {}
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -63,16 +85,19 @@ class Muon(torch.optim.Optimizer):
             updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's look ahead
             if group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            targets: list[Tensor] = []
-            sources: list[Tensor] = []
-            for parameter, update in zip(parameters, updates, strict=True):
-                rows = self.pieces.get(parameter) or (len(parameter),)
-                targets += parameter.view(len(parameter), -1).split(rows)
-                sources += update.flatten(1).split(rows)
-            directions = orthogonalise(sources, self.newton_schulz_steps, group["bits"])
-            for target, direction in zip(targets, directions, strict=True):
-                scale = math.sqrt(max(1.0, target.shape[0] / target.shape[1]))
-                target.add_(direction, alpha=-group["lr"] * scale)
+            forms = [self.forms.get(parameter, Form()) for parameter in parameters]
+            whole_updates = [form.whole(update) for form, update in zip(forms, updates, strict=True)]
+            sources = [form.matrices(update) for form, update in zip(forms, whole_updates, strict=True)]
+            flat = [matrix for matrices in sources for matrix in matrices]
+            directions = iter(orthogonalise(flat, self.newton_schulz_steps, group["bits"]))
+            for parameter, form, update, matrices in zip(parameters, forms, whole_updates, sources, strict=True):
+                # Where a rank has a part only, the whole step is put together first.
+                step = parameter if form.split is None else torch.zeros_like(update)
+                for target, _ in zip(form.matrices(step), matrices, strict=True):
+                    scale = math.sqrt(max(1.0, target.shape[0] / target.shape[1]))
+                    target.add_(next(directions), alpha=-group["lr"] * scale)
+                if form.split is not None:
+                    parameter.add_(part_of(step, form.split))
 
 
 def multiplying_bits(device: torch.device) -> int:

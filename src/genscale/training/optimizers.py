@@ -7,6 +7,9 @@ A network's parameters fall into three groups (:func:`parameter_roles`):
   rare tokens, which see hardly any gradient, would only shrink;
 - ``vectors``: biases and the scales of norms. No decay.
 
+What is updated are leaves (:func:`genscale.parallel.shards.leaves`): of a parameter that is split over ranks this
+rank's part, a plain tensor; so every optimizer that works element by element serves every layout as it is.
+
 Each group of ``optimizer.param_groups`` carries ``name`` and ``base_learning_rate``. The loop sets ``group["lr"]``, a
 float, to the base times the schedule's factor before each step.
 """
@@ -19,25 +22,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from genscale.models.mixture import Experts
+from genscale.parallel.shards import alike, leaves, local
 from genscale.recipe import training as recipes
 from genscale.runtime.errors import UserError
 from genscale.training import eight_bit
-from genscale.training.muon import Muon, multiplying_bits
+from genscale.training.muon import Form, Muon, multiplying_bits
 from genscale.training.schedule_free import ScheduleFreeAdamW
 
 
-def build_optimizer(network: nn.Module, recipe: recipes.Optimizer) -> torch.optim.Optimizer:
+def build_optimizer(
+    network: nn.Module, recipe: recipes.Optimizer, parts: dict[str, Tensor] | None = None
+) -> torch.optim.Optimizer:
     """The recipe's optimizer over the network's trainable parameters.
+
+    Args:
+        parts: the network's leaves, by parameter, where they are not to be found anew.
 
     Raises:
         UserError: when a library that it needs is missing, or Muon finds no matrices.
     """
-    if isinstance(recipe, recipes.AdamW):
-        return _adamw(_groups(network, recipe.learning_rate, {"matrices": recipe.weight_decay}), recipe)
+    parts = leaves(network) if parts is None else parts
     if isinstance(recipe, recipes.Muon):
-        return _muon(network, recipe)
-    groups = _groups(network, recipe.learning_rate, {"matrices": recipe.weight_decay})
+        return _muon(network, recipe, parts)
+    groups = _groups(network, parts, recipe.learning_rate, {"matrices": recipe.weight_decay})
+    if isinstance(recipe, recipes.AdamW):
+        return _adamw(groups, recipe)
     if isinstance(recipe, recipes.Adafactor):
         return torch.optim.Adafactor(groups, beta2_decay=recipe.beta2_decay, d=recipe.clip)
     return ScheduleFreeAdamW(groups, betas=(float(recipe.beta1), float(recipe.beta2)), epsilon=recipe.epsilon)
@@ -65,6 +77,7 @@ def parameter_roles(network: nn.Module) -> dict[str, str]:
 
 def _groups(
     network: nn.Module,
+    parts: dict[str, Tensor],
     learning_rate: float,
     weight_decay: dict[str, float],
     names: tuple[str, ...] = ("matrices", "ends", "vectors"),
@@ -73,7 +86,7 @@ def _groups(
     roles = parameter_roles(network)
     groups: list[dict[str, Any]] = []
     for name in names:
-        parameters = [parameter for key, parameter in network.named_parameters() if roles.get(key) == name]
+        parameters = [parts[key] for key, role in roles.items() if role == name]
         if parameters:
             groups.append(
                 {
@@ -94,23 +107,28 @@ def _adamw(groups: list[dict[str, Any]], recipe: recipes.AdamW) -> torch.optim.O
     return torch.optim.AdamW(groups, betas=betas, eps=recipe.epsilon, fused=True)
 
 
-def _muon(network: nn.Module, recipe: recipes.Muon) -> torch.optim.Optimizer:
-    matrices = _groups(network, recipe.learning_rate, {"matrices": recipe.weight_decay}, ("matrices",))
+def _muon(network: nn.Module, recipe: recipes.Muon, parts: dict[str, Tensor]) -> torch.optim.Optimizer:
+    matrices = _groups(network, parts, recipe.learning_rate, {"matrices": recipe.weight_decay}, ("matrices",))
     if not matrices:
         raise UserError("training.optimizer: muon found no matrices inside numbered blocks of the network; use adamw")
-    pieces = {
-        module.weight: tuple(getattr(module, "output_pieces", ()))
-        for module in network.modules()
-        if isinstance(module, nn.Linear)
-    }
+    forms: dict[Tensor, Form] = {}
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    for module in network.modules():
+        for parameter in module.parameters(recurse=False):
+            name = names.get(id(parameter))
+            if name in parts:
+                rows = tuple(getattr(module, "output_pieces", ())) if isinstance(module, nn.Linear) else ()
+                split = parameter if isinstance(parameter, DTensor) else None
+                forms[parts[name]] = Form(rows, isinstance(module, Experts), split)
     muon = Muon(
         matrices,
         momentum=recipe.momentum,
         newton_schulz_steps=recipe.newton_schulz_steps,
         bits=multiplying_bits(matrices[0]["params"][0].device),
-        pieces=pieces,
+        forms=forms,
     )
-    rest = _groups(network, recipe.rest.learning_rate, {"ends": recipe.rest.weight_decay}, ("ends", "vectors"))
+    ends = {"ends": recipe.rest.weight_decay}
+    rest = _groups(network, parts, recipe.rest.learning_rate, ends, ("ends", "vectors"))
     return CombinedOptimizer(muon, _adamw(rest, recipe.rest)) if rest else muon
 
 
@@ -141,16 +159,24 @@ def evaluation_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, network: nn.Module, parts: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The whole state, live and flat: ``<parameter>.<state>``, and ``groups.<group>.<scalar>``.
+
+    What is kept for each element of a parameter is split over ranks as the parameter is.
 
     An 8-bit state is several tensors: ``<parameter>.exp_avg.codes`` and so on.
     """
     flat: dict[str, Tensor] = {}
-    for name, parameter in network.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+    parts = leaves(network) if parts is None else parts
+    parameters = dict(network.named_parameters())
+    for name, leaf in parts.items():
+        for key, value in optimizer.state.get(leaf, {}).items():
             if eight_bit.is_quantised(value):
                 flat |= {f"{name}.{key}.{part}": tensor for part, tensor in eight_bit.parts(value).items()}
+            elif value.shape == leaf.shape:
+                flat[f"{name}.{key}"] = alike(parameters[name], value)
             else:
                 flat[f"{name}.{key}"] = value
     for group in optimizer.param_groups:
@@ -159,7 +185,12 @@ def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dic
     return flat
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    network: nn.Module,
+    tensors: dict[str, Tensor],
+    parts: dict[str, Tensor] | None = None,
+) -> None:
     """Take over what :func:`optimizer_state` gave, in place of any state; copies, on the parameters' devices.
 
     Raises:
@@ -168,11 +199,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, t
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     remaining = dict(tensors)
     optimizer.state.clear()
-    for name, parameter in network.named_parameters():
+    for name, parameter in (leaves(network) if parts is None else parts).items():
         keys = [key for key in remaining if key.startswith(f"{name}.")] if parameter in groups else []
         state: dict[str, Any] = {}
         for key in keys:
-            tensor = remaining.pop(key)
+            tensor = local(remaining.pop(key))
             # Step counters live beside their parameter for fused kernels, and on the CPU for the others.
             on_cpu = tensor.ndim == 0 and not groups[parameter].get("fused")
             state[key.removeprefix(f"{name}.")] = tensor.to("cpu" if on_cpu else parameter.device, copy=True)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genscale.parallel.shards import alike, local
 from genscale.runtime.errors import UserError
 from genscale.training.average import weights_replaced
 
@@ -55,7 +56,8 @@ class PowerAverage:
         self.lengths = tuple(lengths)
         self.samples = 0
         self._gammas = {length: gamma_of(length) for length in lengths}
-        self._parameters: dict[str, Tensor] = dict(network.named_parameters())
+        self._whole: dict[str, Tensor] = dict(network.named_parameters())
+        self._parameters = {name: local(parameter) for name, parameter in self._whole.items()}
         self._averages = {
             length: {name: value.detach().float().clone() for name, value in self._parameters.items()}
             for length in lengths
@@ -91,12 +93,18 @@ class PowerAverage:
         for name, average in self._by_name().items():
             if name not in tensors or tensors[name].shape != average.shape:
                 raise UserError(f"the checkpoint has no average of '{name}' of shape {tuple(average.shape)}")
-            average.copy_(tensors[name])
+            local(average).copy_(local(tensors[name]))
         self.samples = int(tensors["samples"])
 
     def _by_name(self) -> dict[str, Tensor]:
         first, *others = self.lengths
-        return self._averages[first] | self._by_length(others)
+        return {
+            name: alike(self._whole[name], average) for name, average in self._averages[first].items()
+        } | self._by_length(others)
 
     def _by_length(self, lengths: Iterable[float]) -> dict[str, Tensor]:
-        return {f"{each!r}/{name}": average for each in lengths for name, average in self._averages[each].items()}
+        return {
+            f"{each!r}/{name}": alike(self._whole[name], average)
+            for each in lengths
+            for name, average in self._averages[each].items()
+        }

@@ -17,10 +17,15 @@ from genscale.training.checkpoint import Checkpoint, CheckpointStore
 from genscale.training.state import TrainingState, load_controls, load_network, under
 
 
-def load_objective(run: Run, checkpoint: str | int = "best", device: torch.device | str | None = None) -> Objective:
+def load_objective(
+    run: Run, checkpoint: str | int = "best", device: torch.device | str | None = None, alone: bool = False
+) -> Objective:
     """The run's objective with the weights of a checkpoint: ``best``, ``last``, or a step.
 
     Where the run keeps averages, or its optimizer judges other weights than it trains, these are what is loaded.
+
+    Args:
+        alone: for this process only; else all ranks of a process group call it.
 
     Raises:
         UserError: a checkpoint of another name, no such checkpoint, none intact, or made by another model.
@@ -29,7 +34,10 @@ def load_objective(run: Run, checkpoint: str | int = "best", device: torch.devic
     objective = build_objective(run.recipe, load_description(run.directory))
     switches = run.recipe.training.optimizer.kind == "schedule_free"
     loaded = load_checkpoint(
-        run, checkpoint, None if switches else lambda name: name.startswith(("networks.", "averages.", "controls."))
+        run,
+        checkpoint,
+        None if switches else lambda name: name.startswith(("networks.", "averages.", "controls.")),
+        alone,
     )
     if switches:
         state = TrainingState(objective, run.recipe, 1, "fp32")
@@ -45,18 +53,21 @@ def load_objective(run: Run, checkpoint: str | int = "best", device: torch.devic
     return objective.to(device).eval()
 
 
-def load_checkpoint(run: Run, checkpoint: str | int, names: Callable[[str], bool] | None = None) -> Checkpoint:
+def load_checkpoint(
+    run: Run, checkpoint: str | int, names: Callable[[str], bool] | None = None, alone: bool = False
+) -> Checkpoint:
     """A checkpoint of the run: ``best``, or the last while there is none; ``last``; or a step.
 
     Args:
         names: chooses the tensors; nothing of the others is read.
+        alone: for this process only; else all ranks of a process group call it.
 
     Raises:
         UserError: a checkpoint of another name, no such checkpoint, or none intact.
     """
     if not isinstance(checkpoint, int) and checkpoint not in ("best", "last"):
         raise UserError(f"checkpoint: expected 'best', 'last' or a step, not '{checkpoint}'")
-    store = CheckpointStore(run.checkpoints)
+    store = CheckpointStore(run.checkpoints, alone=alone)
     if not store.steps():
         raise UserError(f"{run.directory} has no checkpoint yet; train it with 'genscale train'")
     if checkpoint == "best" and store.best() is None:

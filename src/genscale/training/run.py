@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
+import os
+from collections.abc import Callable
+from contextlib import ExitStack, closing, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from genscale.models.blocks import set_recompute
 from genscale.objectives.build import build_objective
+from genscale.objectives.objective import Objective
+from genscale.parallel.fit import fitted_sizes
+from genscale.parallel.mesh import Mesh
+from genscale.parallel.parallelize import parallelize, without_data
+from genscale.recipe.layout import Axis
 from genscale.recipe.schema import Recipe
 from genscale.recipe.training import Trackers
 from genscale.runs.disk import writing
 from genscale.runs.run import Run
 from genscale.runtime.allocator import keep_freed_memory
 from genscale.runtime.device import device_summary, memory_used, pick_device
+from genscale.runtime.errors import UserError
 from genscale.runtime.peak import matmul_peak
 from genscale.runtime.progress import TrainingDisplay
 from genscale.runtime.world import World, from_rank_0, join_world
@@ -27,7 +37,8 @@ from genscale.training.job import Job
 from genscale.training.loop import forget, restore, run_steps
 from genscale.training.micro_batch import choose_micro_batch
 from genscale.training.plan import Plan, make_plan
-from genscale.training.precision import pick_precision, torch_dtype
+from genscale.training.precision import autocast, pick_precision, torch_dtype
+from genscale.training.preview import WholeCopy
 from genscale.training.profile import StepProfile
 from genscale.training.restore import load_objective
 from genscale.training.state import TrainingState
@@ -54,7 +65,9 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
     device = pick_device(recipe.layout.device)
     if device.type == "cpu":
         keep_freed_memory()
+    sizes = layout_sizes(recipe)
     world = join_world(device)
+    mesh = Mesh(sizes, device)
     inputs = open_inputs(recipe, show_progress)
     plan = make_plan(recipe, inputs.stream.samples_per_epoch)
     leads = world.rank == 0
@@ -75,6 +88,7 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
                 plan,
                 device,
                 world,
+                mesh,
                 display=display,
                 tracker=tracker,
                 profile=profile,
@@ -86,6 +100,15 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
     if not job.done:
         raise KeyboardInterrupt
     return run
+
+
+def layout_sizes(recipe: Recipe) -> dict[Axis, int]:
+    """Ranks along each axis; a layout that does not fit is told by the first rank alone."""
+    try:
+        return fitted_sizes(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    except UserError as error:
+        error.told = os.environ.get("RANK", "0") != "0"
+        raise
 
 
 def _open_run(recipe: Recipe, inputs: Inputs, held: ExitStack) -> Run:
@@ -101,21 +124,55 @@ def _open_run(recipe: Recipe, inputs: Inputs, held: ExitStack) -> Run:
 
 
 def make_job(
-    recipe: Recipe, run: Run, inputs: Inputs, plan: Plan, device: torch.device, world: World, **watched: Any
+    recipe: Recipe,
+    run: Run,
+    inputs: Inputs,
+    plan: Plan,
+    device: torch.device,
+    world: World,
+    mesh: Mesh,
+    **watched: Any,
 ) -> Job:
     """Build what is trained and decide how. Decisions of an earlier process of the same run hold."""
-    objective = build_objective(recipe, inputs.described).to(device)
+    layout = recipe.layout
+    with without_data() if layout.sharded else nullcontext():
+        objective = build_objective(recipe, inputs.described)
+    if not layout.sharded:
+        objective.to(device)
     precision = from_rank_0(lambda: pick_precision(_decided(run, recipe, "precision"), device))
     micro_batch = from_rank_0(
         lambda: choose_micro_batch(
-            _micro_batch(run, recipe, plan.batch, world),
+            _micro_batch(run, recipe, plan.batch, mesh.data),
             plan.batch,
             objective,
             precision,
             device,
-            world,
+            mesh.data,
+            mesh.size("pipeline"),
         )
     )
+    preview: Callable[[], list[dict[str, str | bytes]]]
+    whole = None
+    if layout.sharded or mesh.size("context") > 1:
+        whole = WholeCopy(recipe, inputs.described, objective, world)
+    flops, parameters = objective.flops_per_sample(), _parameters(objective)
+    for network in objective.networks.values():
+        set_recompute(network, layout.recompute)
+    placed = parallelize(
+        objective,
+        layout,
+        mesh,
+        device,
+        torch_dtype(precision) if precision != "fp32" else None,
+        context=lambda: autocast(precision, device),
+    )
+    for module in objective.modules():
+        module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
+    state = TrainingState(objective, recipe, plan.half_life, precision, placed)
+    if whole is not None:
+        preview = partial(whole.preview, state, inputs.preview)
+    else:
+        preview = lambda: inputs.preview(objective) if world.rank == 0 else []  # noqa: E731
     kept = recipe.training.checkpoints
     stopping = recipe.training.early_stopping
     return Job(
@@ -124,22 +181,28 @@ def make_job(
         objective=objective,
         stream=inputs.stream,
         validation=inputs.validation,
-        state=TrainingState(objective, recipe, plan.half_life, precision),
+        state=state,
         plan=plan,
         micro_batch=micro_batch,
         precision=precision,
         device=device,
         world=world,
+        mesh=mesh,
         peak=matmul_peak(device, torch_dtype(precision)),
-        flops_per_sample=objective.flops_per_sample(),
+        flops_per_sample=flops,
+        parameters=parameters,
         checkpoints=CheckpointStore(
             run.checkpoints, kept.keep_last, plan.keep_every and max(1, plan.keep_every // plan.batch)
         ),
-        preview=lambda: inputs.preview(objective),
+        preview=preview,
         guards={phase.name: Guard(recipe.training.guard, phase.competes) for phase in objective.phases},
         early_stopping=EarlyStopping(stopping) if stopping else None,
         **watched,
     )
+
+
+def _parameters(objective: Objective) -> dict[str, int]:
+    return {name: sum(p.numel() for p in network.parameters()) for name, network in objective.networks.items()}
 
 
 def _micro_batch(run: Run, recipe: Recipe, batch: int, world: World) -> int | Literal["auto"]:
@@ -162,7 +225,7 @@ def begin(job: Job, inputs: Inputs) -> None:
         job.event("resume", f"going on from step {job.progress.step:,} of {job.plan.steps:,}")
     else:
         from_rank_0(lambda: forget(job, 0))  # what a run left whose checkpoints were deleted
-        job.checkpoints.save(0, job.state.tensors(), job.facts(), wait=True)
+        job.checkpoints.save(0, job.state.saved_tensors(), job.facts(), wait=True)
 
     def measure() -> None:
         for phase in job.objective.phases:
@@ -172,11 +235,11 @@ def begin(job: Job, inputs: Inputs) -> None:
     steps_left = job.plan.steps - job.progress.step
     requested = _decided(job.run, job.recipe, "compile")
     compiled = decide_compile(requested, job.objective, measure, steps_left, job.device)
-    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in job.objective.networks.items()}
     facts: dict[str, Any] = {
         "status": "running",
         "decisions": {"precision": job.precision, "micro_batch": job.micro_batch, "compile": compiled},
-        "parameters": parameters,
+        "parameters": job.parameters,
+        "layout": {axis: size for axis, size in job.mesh.sizes.items() if size > 1},
         "flops_per_sample": job.flops_per_sample,
         "peak": job.peak._asdict(),
         "device": device_summary(job.device),
@@ -198,11 +261,11 @@ def finish(job: Job) -> None:
         from_rank_0(lambda: job.run.record(status="interrupted", **facts))
         return
     facts |= {"stopped_early": progress.stopped_early, "memory": memory_used(job.device)}
-    objective = load_objective(job.run, "best", torch.device("cpu"))  # by all ranks, as every reading of a checkpoint
 
     def export() -> None:
+        objective = load_objective(job.run, "best", torch.device("cpu"), alone=True)
         for name, network in objective.networks.items():
-            export_weights(job.run.weights / f"{name}.safetensors", network.state_dict())
+            export_weights(job.run.weights / f"{name}.safetensors", network.state_dict(), alone=True)
         job.run.record(status="finished", **facts)
 
     from_rank_0(export)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from genscale.objectives.objective import Objective
+from genscale.parallel.parallelize import Placed
+from genscale.parallel.shards import alike, leaves, local
 from genscale.recipe.schema import Recipe
 from genscale.recipe.training import PowerAverage as PowerRecipe
 from genscale.runtime.errors import UserError
 from genscale.training.average import WeightAverage
+from genscale.training.checkpoint import Saved
 from genscale.training.optimizers import (
     build_optimizer,
     evaluation_weights,
@@ -24,13 +27,27 @@ from genscale.training.precision import GradientScaler
 
 
 class TrainingState:
-    """Networks with their optimizers, averages of those that are sampled where the recipe asks, the gradient scaler."""
+    """Networks with their optimizers, averages of those that are sampled where the recipe asks, the gradient scaler.
 
-    def __init__(self, objective: Objective, recipe: Recipe, half_life: int | None, precision: str):
+    Args:
+        placed: how the networks lie on the ranks; by default each is whole here.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        recipe: Recipe,
+        half_life: int | None,
+        precision: str,
+        placed: dict[str, Placed] | None = None,
+    ):
         self.objective = objective
         self.networks = dict(objective.networks.items())
+        self.placed = placed or {}
+        self.parts = {name: leaves(network) for name, network in self.networks.items()}
         self.optimizers = {
-            name: build_optimizer(network, recipe.training.optimizer) for name, network in self.networks.items()
+            name: build_optimizer(network, recipe.training.optimizer, self.parts[name])
+            for name, network in self.networks.items()
         }
         average = recipe.training.average
         self.averages: dict[str, WeightAverage | PowerAverage] = {}
@@ -44,21 +61,52 @@ class TrainingState:
         self.scaler = GradientScaler(precision)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by a name that no layout changes."""
+        """Every tensor of which this rank has a part, live, by a name that no layout changes."""
         flat: dict[str, Tensor] = {}
         for name, network in self.networks.items():
             flat |= _prefixed(f"networks.{name}.", network.state_dict())
-            flat |= _prefixed(f"optimizers.{name}.", optimizer_state(self.optimizers[name], network))
+            flat |= _prefixed(f"optimizers.{name}.", optimizer_state(self.optimizers[name], network, self.parts[name]))
         for name, average in self.averages.items():
             flat |= _prefixed(f"averages.{name}.", average.state)
         flat |= _prefixed("controls.", controls(self.objective))
         return flat | _prefixed("scaler.", self.scaler.state())
 
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Those of :meth:`tensors` that this rank writes to a checkpoint: all but what another stage writes."""
+        elsewhere = tuple(
+            f"{kind}.{name}.{parameter}"
+            for name, placed in self.placed.items()
+            for parameter in placed.elsewhere
+            for kind in ("networks", "optimizers", "averages")
+        )
+        return {
+            name: tensor for name, tensor in self.tensors().items() if not (elsewhere and name.startswith(elsewhere))
+        }
+
+    def room_for(self, saved: Saved) -> dict[str, Tensor]:
+        """Tensors to load a checkpoint into, each as its parameter lies on the ranks."""
+        live = self.tensors()
+        room = {name: tensor for name, tensor in live.items() if name in saved}
+        for name, network in self.networks.items():
+            prefix = f"optimizers.{name}."
+            parameters = dict(network.named_parameters())
+            for key in saved:
+                if not key.startswith(prefix) or key in room:
+                    continue
+                dtype, shape = saved[key]
+                owner = parameters.get(key.removeprefix(prefix).rpartition(".")[0])
+                if owner is not None and owner.shape == shape:
+                    room[key] = alike(owner, torch.empty_like(local(owner), dtype=dtype))
+                elif owner is not None or key.startswith(f"{prefix}groups."):
+                    room[key] = torch.empty(shape, dtype=dtype)
+        return room
+
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what :meth:`tensors` gave; raises UserError when the tensors are another network's."""
         for name, network in self.networks.items():
             load_network(network, under(tensors, f"networks.{name}."))
-            load_optimizer_state(self.optimizers[name], network, under(tensors, f"optimizers.{name}."))
+            states = under(tensors, f"optimizers.{name}.")
+            load_optimizer_state(self.optimizers[name], network, states, self.parts[name])
         for name, average in self.averages.items():
             average.load(under(tensors, f"averages.{name}."))
         load_controls(self.objective, tensors)
@@ -95,7 +143,10 @@ def load_network(network: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
         if tensors[name].shape != tensor.shape:
             found, expected = tuple(tensors[name].shape), tuple(tensor.shape)
             raise UserError(f"the checkpoint's weight '{name}' has shape {found}, but the model has {expected}")
-    network.load_state_dict({name: tensors[name] for name in own})
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensors[name] is not tensor:
+                local(tensor).copy_(local(tensors[name]))
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,219 @@
+"""Groups of ranks train apart and exchange weights every so many steps (DiLoCo, Douillard et al. 2023).
+
+The groups share one set of weights. Each trains its own copy with the recipe's optimizer on its own part of the data;
+the mean of how far the copies have come, the *outer gradient*, moves the shared weights by a step of Nesterov momentum,
+and the groups go on from there (algorithm 1). In the streaming form (Douillard et al. 2025, algorithm 2) fragments of
+the network take turns, and an exchange may go on behind some further steps.
+
+Everything happens on local tensors: a rank that has a shard of a parameter exchanges it with the ranks that have the
+same shard in the other groups. When something happens is a pure function of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from genscale.parallel.compression import packed, unpacked
+from genscale.recipe.low_communication import LowCommunication
+from genscale.training.average import weights_replaced
+
+
+class OuterOptimizer:
+    """The weights that the groups share, and their exchanges.
+
+    Args:
+        parameters: of the network by name, whole or shards; they are trained between the exchanges, and moved by them.
+        group: this rank and its counterparts in the other groups; None for one group.
+
+    Attributes:
+        shared: the weights that all groups share, by name: what is validated, exported and kept.
+        bytes_sent: to other groups by this rank so far, by the usual ring formulas.
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], options: LowCommunication, group: ProcessGroup | None):
+        self.options = options
+        self.group = group
+        self.groups = distributed.get_world_size(group) if group is not None else 1
+        self.fragments = fragments_of(list(parameters), options.fragments)
+        self.bytes_sent = 0
+        self.shared = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self._momenta = {name: torch.zeros_like(weights) for name, weights in self.shared.items()}
+        self._parameters = parameters
+        self._under_way: dict[int, Callable[[], Tensor]] = {}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Begin and end the exchanges that are due when ``step`` steps are done."""
+        for number in range(len(self.fragments)):
+            if self._due(number, step):
+                self._begin(number)
+        for number in range(len(self.fragments)):
+            if number in self._under_way and self._due(number, step - self.options.overlap):
+                self._end(number, self.options.mixing if self.options.overlap else 0.0)
+
+    @torch.no_grad()
+    def finish(self, step: int) -> None:
+        """At the end of training: exchange what was trained since the last exchange, so that nothing is lost."""
+        for number in range(len(self.fragments)):
+            if number in self._under_way:
+                self._end(number, self.options.mixing)
+            if self.options.overlap or not self._due(number, step):
+                self._begin(number)
+                self._end(number, 0.0)
+
+    @contextmanager
+    def shared_weights(self) -> Iterator[None]:
+        """Within, the network holds the shared weights; after, this group's own again, to the bit."""
+        with weights_replaced(_locals(self._parameters), _locals(self.shared)):
+            yield
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live, for the checkpoint, and alike on all groups; waits for exchanges that are under way."""
+        flat = {f"shared.{name}": weights for name, weights in self.shared.items()}
+        flat |= {f"momentum.{name}": momentum for name, momentum in self._momenta.items()}
+        if self.options.overlap:
+            for number, names in enumerate(self.fragments):
+                gradients = {name: torch.zeros_like(self.shared[name]) for name in names}
+                if number in self._under_way:
+                    self._split(outer := self._under_way[number](), gradients)
+                    self._under_way[number] = lambda outer=outer: outer  # type: ignore[misc]
+                flat |= {f"under_way.{name}": gradient for name, gradient in gradients.items()}
+        return flat
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Take over what :meth:`tensors` gave after ``step`` steps."""
+        for name in self.shared:
+            self.shared[name].copy_(tensors[f"shared.{name}"])
+            self._momenta[name].copy_(tensors[f"momentum.{name}"])
+        self._under_way.clear()
+        for number, names in enumerate(self.fragments):
+            if any(self._due(number, begun) for begun in range(max(1, step - self.options.overlap + 1), step + 1)):
+                outer = _flat([tensors[f"under_way.{name}"] for name in names])
+                self._under_way[number] = lambda outer=outer: outer  # type: ignore[misc]
+
+    def _due(self, number: int, step: int) -> bool:
+        """Whether a fragment's exchange begins when ``step`` steps are done: the last at multiples of ``every``."""
+        offset = self.options.every * (number + 1) // len(self.fragments)
+        return step > 0 and (step - offset) % self.options.every == 0
+
+    def _begin(self, number: int) -> None:
+        names = self.fragments[number]
+        progress = _flat([self.shared[name] for name in names])
+        progress -= _flat([self._parameters[name].detach() for name in names])
+        self._under_way[number] = self._mean(progress)
+
+    def _mean(self, flat: Tensor) -> Callable[[], Tensor]:
+        """Begin taking the mean over the groups; what is returned waits for it."""
+        if self.group is None:
+            return lambda: flat
+        if self.options.bits == 32:
+            work = distributed.all_reduce(flat, group=self.group, async_op=True)
+            self.bytes_sent += 2 * (self.groups - 1) * flat.nbytes // self.groups
+
+            def reduced() -> Tensor:
+                work.wait()
+                return flat.div_(self.groups)
+
+            return reduced
+        # The sum of what was rounded is taken in float32. Groups are few, so that each may send its piece to all.
+        piece = packed(flat, self.options.bits)
+        pieces = piece.new_empty(self.groups, len(piece))
+        work = distributed.all_gather_into_tensor(pieces, piece, group=self.group, async_op=True)
+        self.bytes_sent += (self.groups - 1) * piece.nbytes
+
+        def gathered() -> Tensor:
+            work.wait()
+            return torch.stack([unpacked(each, self.options.bits, len(flat)) for each in pieces]).mean(0)
+
+        return gathered
+
+    def _end(self, number: int, mixing: float) -> None:
+        """Move the shared weights of a fragment, as torch.optim.SGD with ``nesterov`` does, and this group's to them."""
+        options, names = self.options, self.fragments[number]
+        gradients = {name: torch.empty_like(self.shared[name]) for name in names}
+        self._split(self._under_way.pop(number)(), gradients)
+        for name, gradient in zip(names, _locals(gradients), strict=True):
+            shared, momentum, own = (_local(table[name]) for table in (self.shared, self._momenta, self._parameters))
+            momentum.mul_(options.outer_momentum).add_(gradient)
+            shared.sub_(gradient.add_(momentum, alpha=options.outer_momentum), alpha=options.outer_learning_rate)
+            own.copy_(torch.lerp(shared, own, mixing) if mixing else shared)
+
+    @staticmethod
+    def _split(flat: Tensor, into: dict[str, Tensor]) -> None:
+        tensors = _locals(into)
+        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def fragments_of(names: list[str], count: int) -> list[list[str]]:
+    """Each parameter's name in one of at most ``count`` fragments of whole layers.
+
+    Strided (Douillard et al. 2025, figure 2): neighbouring layers fall into different fragments. A layer is a numbered
+    block, or a module outside the blocks.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        numbered = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+        layer = parts[:-1] if numbered is None else parts[: numbered + 1]
+        layers.setdefault(".".join(layer), []).append(name)
+    fragments: list[list[str]] = [[] for _ in range(min(count, len(layers)))]
+    for place, layer_names in enumerate(layers.values()):
+        fragments[place % len(fragments)] += layer_names
+    return fragments
+
+
+def by_group(tensors: dict[str, Tensor], grid: DeviceMesh, axis: str) -> dict[str, Tensor]:
+    """What differs between groups, for the checkpoint: views of the tensors with a first dimension for the groups.
+
+    Each group then writes and reads its own part: (groups, *shape), of which this rank has (1, *shape).
+
+    Args:
+        grid: all ranks, with the axes that the tensors are sharded on.
+        axis: the grid's axis along which the groups lie.
+    """
+    stacked: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        axes: tuple[str, ...] = ()
+        placements = []
+        if isinstance(tensor, DTensor):
+            axes = tensor.device_mesh.mesh_dim_names or ()
+            placements = [
+                Shard(placement.dim + 1) if isinstance(placement, Shard) else placement
+                for placement in tensor.placements
+            ]
+        mesh = grid[(axis, *axes)] if axes else grid[axis]
+        local = _local(tensor.detach())[None]
+        shape = torch.Size([mesh.size(0), *tensor.shape])
+        stride = (tensor.numel(), *tensor.stride())
+        stacked[name] = DTensor.from_local(
+            local, mesh, [Shard(0), *placements], run_check=False, shape=shape, stride=stride
+        )
+    return stacked
+
+
+def own_part(stacked: Tensor, group: int, groups: int) -> Tensor:
+    """A group's part of a whole tensor that :func:`by_group` wrote; of another number of groups, the mean."""
+    if len(stacked) == groups:
+        return stacked[group]
+    return stacked.double().mean(0).to(stacked.dtype)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _locals(tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [_local(tensor) for tensor in tensors.values()]
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([_local(tensor).reshape(-1).float() for tensor in tensors])

@@ -1,0 +1,59 @@
+"""Training runs on several layouts, in one start of the processes for each number of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import Ranks
+
+from genscale.recipe.load import recipe_to_yaml
+from genscale.recipe.schema import Recipe
+from genscale.runs.run import Run
+
+NAMES = ("loss", "discriminator_loss", "generator_loss", "validation_loss")
+
+TRAIN = """
+import json, traceback
+from pathlib import Path
+from genscale.recipe.load import load_recipe
+from genscale.runtime.errors import UserError
+from genscale.training.run import train
+
+for name in json.loads(Path({names!r}).read_text()):
+    print(">", name, flush=True)
+    train(load_recipe(Path({folder!r}) / f"{{name}}.yaml"), show_progress=False)
+"""
+
+
+def train_all(recipes: dict[str, Recipe], size: int, folder: Path, seconds: float = 300) -> dict[str, Run]:
+    """Train each of the recipes on ``size`` ranks, one after the other; runs by their names."""
+    for name, recipe in recipes.items():
+        (folder / f"{name}.yaml").write_text(recipe_to_yaml(recipe))
+    names = folder / f"names-{size}.json"
+    names.write_text(json.dumps(list(recipes)))
+    ended = Ranks(TRAIN.format(names=str(names), folder=str(folder)), size).end(seconds)
+    failed = {rank: end.printed[-6000:] for rank, end in ended.items() if end.code != 0}
+    assert not failed, "\n".join(f"--- rank {rank}\n{text}" for rank, text in failed.items())
+    return {name: Run.open(recipe.run_directory) for name, recipe in recipes.items()}
+
+
+def curve(run: Run) -> list[float]:
+    """Losses of all steps, phase by phase, then of all validations."""
+    records = run.metrics()
+    return [record[name] for name in NAMES for record in records if name in record]
+
+
+def assert_same_curve(run: Run, alone: Run, rel: float = 1e-5) -> None:
+    found, expected = curve(run), curve(alone)
+    assert len(found) == len(expected) > 0
+    assert found == pytest.approx(expected, rel=rel)
+
+
+def gradient_norms(run: Run) -> list[float]:
+    return [value for record in run.metrics() for name, value in record.items() if name.endswith("gradient_norm")]
+
+
+Layout = dict[str, Any]
