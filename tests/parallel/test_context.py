@@ -54,7 +54,7 @@ METHODS = {
     "ring": {"method": "ring"},
     "all_gather": {"method": "all_gather"},
     # Nothing is dropped at this rate, but the kernels are those that can drop, as on an accelerator.
-    "all_gather, attend": {"method": "all_gather", "dropout": 1e-12},
+    "all_gather, attend": {"method": "all_gather", "dropout": 1e-15},
 }
 
 

@@ -135,6 +135,7 @@ class _Language(Denoising):
                 head.group,
                 head.first_row,
                 head.vocabulary,
+                self.goes_back_again,
             )
 
         sums = cast(Transformer, self.networks["model"]).head(outputs[:, -targets.tokens.shape[1] :], read)

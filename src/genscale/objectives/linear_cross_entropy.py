@@ -33,6 +33,7 @@ def linear_cross_entropy(
     group: distributed.ProcessGroup | None = None,
     first_row: int = 0,
     vocabulary: int | None = None,
+    again: bool = False,
 ) -> CrossEntropy:
     """``cross_entropy(F.linear(hidden, weight), targets, ...)`` without the logits; can be differentiated once.
 
@@ -50,6 +51,7 @@ def linear_cross_entropy(
         group: the ranks over which the head's rows are split, in order; None: all are here.
         first_row: the first of the rows that are here.
         vocabulary: number of rows on all ranks.
+        again: whether the backward may be run more than once, as pipelines do that take the gradients of weights later.
 
     Returns:
         The sums over all of the vocabulary, the same on all ranks. But hidden states get only the part of their
@@ -60,7 +62,7 @@ def linear_cross_entropy(
     vocabulary = vocabulary or weight.shape[0]
     known = vocabulary if known is None else known
     here = min(weight.shape[0], max(0, known - first_row))
-    terms = _Terms(label_smoothing, z_loss, soft_cap, known, vocabulary, first_row, here, group)
+    terms = _Terms(label_smoothing, z_loss, soft_cap, known, vocabulary, first_row, here, group, again)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return CrossEntropy(*_LinearCrossEntropy.apply(rows, weight, targets.reshape(-1), _flat(weights), terms))
@@ -77,6 +79,7 @@ class _Terms(NamedTuple):
     here: int
     """How many of the rows here take part."""
     group: distributed.ProcessGroup | None
+    again: bool
 
 
 def _flat(weights: Tensor | None) -> Tensor | None:
@@ -110,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             of_weight = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
         sums = _over_chunks(hidden, weight, targets, weights, terms, of_hidden, of_weight)
         ctx.gradients = of_hidden, of_weight
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.dtypes, ctx.again = (hidden.dtype, weight.dtype), terms.again
         ctx.mark_non_differentiable(*sums[1:])
         return sums
 
@@ -119,6 +122,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("linear cross entropy has given its gradient away: it goes backward once")
+        if ctx.again:
+            kept = zip(ctx.gradients, ctx.dtypes, strict=True)
+            return *(None if x is None else (x * scale).to(dtype) for x, dtype in kept), None, None, None
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place, as the weight's can be very large
         scaled = (
             None if x is None else x.mul_(scale).to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True)

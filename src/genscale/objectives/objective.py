@@ -142,6 +142,9 @@ class Denoising(Objective):
     """Processes that share each sequence, of which this is number ``share``."""
     share = 0
 
+    goes_back_again = False
+    """Whether the backward of one loss is run in several parts."""
+
     def split_over(self, share: int, sharers: int) -> None:
         """From now on, this process is one of several that share each sequence."""
         self.share, self.sharers = share, sharers

@@ -100,7 +100,7 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, portions: Portions, group: dist.ProcessGroup, dim: int) -> Tensor:
         ctx.portions, ctx.group, ctx.dim = portions, group, dim
         parts = x.new_empty((portions.ranks, *x.shape))
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+        dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=group)  # gloo knows no other shape
         halves = [part.narrow(dim, 0, portions.chunk) for part in parts]
         halves += [part.narrow(dim, portions.chunk, portions.chunk) for part in parts.flip(0)]
         return torch.cat(halves, dim)
@@ -111,7 +111,7 @@ class _Join(torch.autograd.Function):
         portions = ctx.portions
         parts = torch.stack([_take(gradient, portions.chunks(rank), ctx.dim) for rank in range(portions.ranks)])
         here = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(here, parts, group=ctx.group)
+        dist.reduce_scatter_tensor(here, parts.flatten(0, 1), group=ctx.group)
         return here, None, None, None
 
 

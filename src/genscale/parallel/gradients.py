@@ -82,7 +82,6 @@ class GradientSum:
         """Before the last micro-batch's backward: from now on gradients that arrive are complete."""
         self._armed = True
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._next = 0
 
     def _arrived(self, number: int) -> None:
         if not self._armed:
@@ -108,7 +107,7 @@ class GradientSum:
         while self._next < len(self._buckets):
             self._launch(self._next)
             self._next += 1
-        self._armed = False
+        self._armed, self._next = False, 0
         for number, flat, gradients, wait in self._flying:
             wait()
             for group in self._groups[number][1:]:

@@ -209,10 +209,13 @@ def _split_stages(
     for name in list(network._modules):
         if name not in kept and network._modules[name] is not None:
             setattr(network, name, None)
-    stages = {number: Stage(cast(Stacked, view), number, count, objective.scored) for number, view in views.items()}
-    group = mesh.group("pipeline")
-    assert group is not None
-    return stages, Pipeline(stages, count, layout.schedule, group, device)
+    stages = {
+        number: Stage(cast(Stacked, view), number, count, objective.scored, context) for number, view in views.items()
+    }
+    pipeline = Pipeline(stages, count, layout.schedule, mesh, layout.sequence, device)
+    objective.goes_back_again = layout.schedule == "zero_bubble"
+    objective.score = pipeline.score  # type: ignore[method-assign]
+    return stages, pipeline
 
 
 def _some(blocks: Blocks, numbers: range) -> Blocks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -182,7 +183,8 @@ class _SharedWatch(Watch):
             return None
         try:
             if is_collective_failure(error):
-                self._failure = self._cause(error)
+                with _without_sigterm():
+                    self._failure = self._cause(error)
             else:
                 line = f"rank {self._me.rank} failed in {self.place}: {type(error).__name__}: {error}"
                 mine = Failure(self._me.rank, line, exit_code(error))
@@ -296,6 +298,19 @@ class _SharedWatch(Watch):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(failure.exit_code)
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """A launcher that sees one process die ends the others at once: they end anyway, having said why."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Beats:

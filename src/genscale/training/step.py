@@ -110,7 +110,6 @@ def _through_pipeline(
     assert pipeline is not None
     torch.manual_seed(rngs[0].dropout_seed() + job.dropout_offset)
     work = [objective.prepare(batch, rng) for batch, rng in zip(batches, rngs, strict=True)]
-    placed.gradients.arm()
     return pipeline.shared(pipeline.run(work, job.state.scaler.factor / weight), training=True)
 
 
