@@ -49,6 +49,7 @@ for _name in ("causal", "bidirectional", "documents and window"):
     CASES[f"{_name}, soft cap, bfloat16"] = {"mask": MASKS[_name], "dtype": torch.bfloat16, "soft_cap": 0.7}
 CASES["one head to each key"] = {"mask": {}, "heads": KEY_VALUE_HEADS}
 CASES["recompute"] = {"mask": {}, "recompute": True}
+# Queries, keys and values keep the precision that they come in.
 CASES["autocast"] = {"mask": {}, "dtype": torch.float32, "autocast": True}
 METHODS = {
     "ring": {"method": "ring"},
@@ -78,6 +79,11 @@ def attention(
     return [y.detach(), *gradients]
 
 
+def runs(method: str, case: dict[str, Any]) -> bool:
+    """torch's own kernel casts under autocast; tiles are not its matter."""
+    return "attend" not in method or not ("autocast" in case or "tile" in case)
+
+
 def run_rank(folder: str) -> None:
     """All cases on this rank; what it found goes into a file."""
     distributed.init_process_group("gloo")
@@ -86,6 +92,8 @@ def run_rank(folder: str) -> None:
     portions = Portions(TOKENS, size, rank)
     found: dict[Any, Any] = {}
     for (name, case), (method, options) in itertools.product(CASES.items(), METHODS.items()):
+        if not runs(method, case):
+            continue
         ring.TILE = case.get("tile", 256)
         x = [portions.take(part, 2) for part in inputs(case.get("dtype", torch.float64), case.get("heads", HEADS))]
         attend_here = partial(context_attend, portions=Portions(TOKENS, size, rank), group=group, **options)
@@ -131,6 +139,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("size", SIZES)
 def test_ranks_give_the_output_and_gradients_of_one_process(found: Any, size: int, method: str) -> None:
     for name, case in CASES.items():
+        if not runs(method, case):
+            continue
         dtype = case.get("dtype", torch.float64)
         limit = LIMITS[dtype]
         # The truth for low precision is the formula in a higher one, on the same rounded numbers.

@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from genscale.models.attention import attend
 from genscale.models.mask import AttentionMask
+from genscale.parallel.exchange import gathered
 from genscale.parallel.ring import Block, Scores, blocks_attention, kernel_is_fused, plan_blocks, visible
 from genscale.runtime.errors import UserError
 
@@ -64,7 +65,7 @@ class Portions:
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's part of a whole tensor."""
-        return _take(x, self.chunks(self.rank), dim)
+        return torch.cat([x.narrow(dim, chunk.start, len(chunk)) for chunk in self.chunks(self.rank)], dim)
 
     def split(self, x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
         """This rank's part of a tensor that every rank has whole; its gradient is the part of a sum over ranks.
@@ -75,7 +76,8 @@ class Portions:
 
     def join(self, x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
         """The whole tensor, in order, from every rank's part; the gradient is summed over the ranks' copies."""
-        return _Join.apply(x, self, group, dim)
+        parts = gathered(x, group, dim).chunk(2 * self.ranks, dim)  # two of rank 0, two of rank 1, ...
+        return torch.cat(parts[0::2] + parts[::-2], dim)
 
     def plan(self, mask: AttentionMask, method: Method, fused: bool) -> list[list[Block]]:
         """The blocks of scores that this rank computes, for each step of the ring; gathering is one step."""
@@ -89,30 +91,6 @@ class Portions:
                 columns = [self._chunk(number) for number in range(2 * self.ranks)]
                 plans[method, fused] = [plan_blocks(mask, rows, columns, fused)]
         return plans[method, fused]
-
-
-def _take(x: Tensor, chunks: tuple[range, range], dim: int) -> Tensor:
-    return torch.cat([x.narrow(dim, chunk.start, len(chunk)) for chunk in chunks], dim)
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, portions: Portions, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.portions, ctx.group, ctx.dim = portions, group, dim
-        parts = x.new_empty((portions.ranks, *x.shape))
-        dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=group)  # gloo knows no other shape
-        halves = [part.narrow(dim, 0, portions.chunk) for part in parts]
-        halves += [part.narrow(dim, portions.chunk, portions.chunk) for part in parts.flip(0)]
-        return torch.cat(halves, dim)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        portions = ctx.portions
-        parts = torch.stack([_take(gradient, portions.chunks(rank), ctx.dim) for rank in range(portions.ranks)])
-        here = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(here, parts.flatten(0, 1), group=ctx.group)
-        return here, None, None, None
 
 
 def context_attend(

@@ -114,6 +114,7 @@ def _place(
     if mesh.size("pipeline") > 1:
         assert isinstance(objective, Denoising)
         stages, pipeline = _split_stages(objective, network, layout, mesh, device, context)
+        keep = True  # gathered once for all micro-batches; and what takes weights' gradients later needs them whole
     runs = [(stage.network, stage.first, stage.last) for stage in stages.values()] or [(network, True, True)]
     tied = isinstance(network, Transformer) and network.shape.tied_head
 

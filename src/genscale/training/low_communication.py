@@ -11,16 +11,19 @@ same shard in the other groups. When something happens is a pure function of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from genscale.parallel.compression import packed, unpacked
+from genscale.parallel.shards import alike, local
 from genscale.recipe.low_communication import LowCommunication
 from genscale.training.average import weights_replaced
 
@@ -71,33 +74,36 @@ class OuterOptimizer:
     @contextmanager
     def shared_weights(self) -> Iterator[None]:
         """Within, the network holds the shared weights; after, this group's own again, to the bit."""
-        with weights_replaced(_locals(self._parameters), _locals(self.shared)):
+        own = [local(parameter) for parameter in self._parameters.values()]
+        with weights_replaced(own, [local(weights) for weights in self.shared.values()]):
             yield
 
     def tensors(self) -> dict[str, Tensor]:
-        """Live, for the checkpoint, and alike on all groups; waits for exchanges that are under way."""
+        """For the checkpoint, live, and alike on all groups; waits for exchanges that are under way."""
         flat = {f"shared.{name}": weights for name, weights in self.shared.items()}
         flat |= {f"momentum.{name}": momentum for name, momentum in self._momenta.items()}
         if self.options.overlap:
             for number, names in enumerate(self.fragments):
-                gradients = {name: torch.zeros_like(self.shared[name]) for name in names}
                 if number in self._under_way:
-                    self._split(outer := self._under_way[number](), gradients)
-                    self._under_way[number] = lambda outer=outer: outer  # type: ignore[misc]
-                flat |= {f"under_way.{name}": gradient for name, gradient in gradients.items()}
+                    outer = self._under_way[number]()
+                    self._under_way[number] = partial(_known, outer)
+                else:
+                    outer = torch.zeros_like(_flat(self.shared[name] for name in names))
+                for name, gradient in zip(names, self._pieces(number, outer), strict=True):
+                    flat[f"under_way.{name}"] = alike(self.shared[name], gradient)
         return flat
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], step: int) -> None:
         """Take over what :meth:`tensors` gave after ``step`` steps."""
         for name in self.shared:
-            self.shared[name].copy_(tensors[f"shared.{name}"])
-            self._momenta[name].copy_(tensors[f"momentum.{name}"])
+            local(self.shared[name]).copy_(local(tensors[f"shared.{name}"]))
+            local(self._momenta[name]).copy_(local(tensors[f"momentum.{name}"]))
         self._under_way.clear()
         for number, names in enumerate(self.fragments):
             if any(self._due(number, begun) for begun in range(max(1, step - self.options.overlap + 1), step + 1)):
-                outer = _flat([tensors[f"under_way.{name}"] for name in names])
-                self._under_way[number] = lambda outer=outer: outer  # type: ignore[misc]
+                outer = _flat(tensors[f"under_way.{name}"] for name in names)
+                self._under_way[number] = partial(_known, outer)
 
     def _due(self, number: int, step: int) -> bool:
         """Whether a fragment's exchange begins when ``step`` steps are done: the last at multiples of ``every``."""
@@ -106,14 +112,14 @@ class OuterOptimizer:
 
     def _begin(self, number: int) -> None:
         names = self.fragments[number]
-        progress = _flat([self.shared[name] for name in names])
-        progress -= _flat([self._parameters[name].detach() for name in names])
+        progress = _flat(self.shared[name] for name in names)
+        progress -= _flat(self._parameters[name] for name in names)
         self._under_way[number] = self._mean(progress)
 
     def _mean(self, flat: Tensor) -> Callable[[], Tensor]:
         """Begin taking the mean over the groups; what is returned waits for it."""
         if self.group is None:
-            return lambda: flat
+            return partial(_known, flat)
         if self.options.bits == 32:
             work = distributed.all_reduce(flat, group=self.group, async_op=True)
             self.bytes_sent += 2 * (self.groups - 1) * flat.nbytes // self.groups
@@ -126,7 +132,7 @@ class OuterOptimizer:
         # The sum of what was rounded is taken in float32. Groups are few, so that each may send its piece to all.
         piece = packed(flat, self.options.bits)
         pieces = piece.new_empty(self.groups, len(piece))
-        work = distributed.all_gather_into_tensor(pieces, piece, group=self.group, async_op=True)
+        work = distributed.all_gather(list(pieces.unbind()), piece, group=self.group, async_op=True)
         self.bytes_sent += (self.groups - 1) * piece.nbytes
 
         def gathered() -> Tensor:
@@ -136,21 +142,20 @@ class OuterOptimizer:
         return gathered
 
     def _end(self, number: int, mixing: float) -> None:
-        """Move the shared weights of a fragment, as torch.optim.SGD with ``nesterov`` does, and this group's to them."""
-        options, names = self.options, self.fragments[number]
-        gradients = {name: torch.empty_like(self.shared[name]) for name in names}
-        self._split(self._under_way.pop(number)(), gradients)
-        for name, gradient in zip(names, _locals(gradients), strict=True):
-            shared, momentum, own = (_local(table[name]) for table in (self.shared, self._momenta, self._parameters))
+        """Move a fragment's shared weights, as torch.optim.SGD with ``nesterov`` does, and this group's to them."""
+        options = self.options
+        outer = self._under_way.pop(number)()
+        for name, gradient in zip(self.fragments[number], self._pieces(number, outer), strict=True):
+            shared, momentum, own = (local(table[name]) for table in (self.shared, self._momenta, self._parameters))
             momentum.mul_(options.outer_momentum).add_(gradient)
-            shared.sub_(gradient.add_(momentum, alpha=options.outer_momentum), alpha=options.outer_learning_rate)
+            shared.sub_(gradient.add(momentum, alpha=options.outer_momentum), alpha=options.outer_learning_rate)
             own.copy_(torch.lerp(shared, own, mixing) if mixing else shared)
 
-    @staticmethod
-    def _split(flat: Tensor, into: dict[str, Tensor]) -> None:
-        tensors = _locals(into)
-        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(piece.view_as(tensor))
+    def _pieces(self, number: int, flat: Tensor) -> list[Tensor]:
+        """A fragment's flat tensor, parameter by parameter."""
+        parts = [local(self.shared[name]) for name in self.fragments[number]]
+        pieces = flat.split([part.numel() for part in parts])
+        return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
 
 
 def fragments_of(names: list[str], count: int) -> list[list[str]]:
@@ -182,22 +187,31 @@ def by_group(tensors: dict[str, Tensor], grid: DeviceMesh, axis: str) -> dict[st
     """
     stacked: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        axes: tuple[str, ...] = ()
-        placements = []
-        if isinstance(tensor, DTensor):
-            axes = tensor.device_mesh.mesh_dim_names or ()
-            placements = [
-                Shard(placement.dim + 1) if isinstance(placement, Shard) else placement
-                for placement in tensor.placements
-            ]
-        mesh = grid[(axis, *axes)] if axes else grid[axis]
-        local = _local(tensor.detach())[None]
-        shape = torch.Size([mesh.size(0), *tensor.shape])
-        stride = (tensor.numel(), *tensor.stride())
+        axes, placements = _lies(tensor)
+        mesh = grid[(axis, *axes)]
         stacked[name] = DTensor.from_local(
-            local, mesh, [Shard(0), *placements], run_check=False, shape=shape, stride=stride
+            local(tensor.detach())[None],
+            mesh,
+            [Shard(0), *placements],
+            run_check=False,
+            shape=torch.Size([mesh.size(0), *tensor.shape]),
+            stride=(tensor.numel(), *tensor.stride()),
         )
     return stacked
+
+
+def _lies(tensor: Tensor) -> tuple[tuple[str, ...], list[Placement]]:
+    """The mesh axes of a tensor, and how it is split along them once it has one more dimension in front."""
+    if not isinstance(tensor, DTensor):
+        return (), []
+    placements: list[Placement] = []
+    for placement in tensor.placements:
+        if isinstance(placement, _StridedShard):
+            placement = _StridedShard(placement.dim + 1, split_factor=placement.split_factor)
+        elif isinstance(placement, Shard):
+            placement = Shard(placement.dim + 1)
+        placements.append(placement)
+    return tensor.device_mesh.mesh_dim_names or (), placements
 
 
 def own_part(stacked: Tensor, group: int, groups: int) -> Tensor:
@@ -207,13 +221,9 @@ def own_part(stacked: Tensor, group: int, groups: int) -> Tensor:
     return stacked.double().mean(0).to(stacked.dtype)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+def _known(flat: Tensor) -> Tensor:
+    return flat
 
 
-def _locals(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [_local(tensor) for tensor in tensors.values()]
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([_local(tensor).reshape(-1).float() for tensor in tensors])
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([local(tensor.detach()).reshape(-1).float() for tensor in tensors])
