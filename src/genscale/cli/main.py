@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = commands.main(words, prog_name="genscale", standalone_mode=False)
     except UserError as error:
-        _end(None if error.told else f"error: {error}", 2)
+        _end(None if error.told else f"error: {error}", error.exit_code)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         _end(f"error: {f'{context.command_path}: ' if context else ''}{error.format_message()}", 2)

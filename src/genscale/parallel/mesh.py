@@ -71,6 +71,11 @@ class Mesh:
         names = tuple(name for mesh in flat for name in mesh.mesh_dim_names or ())
         return self._grid[names]
 
+    def lines(self, axis: Axis) -> list[list[int]]:
+        """The global ranks of every line of ranks along an axis, in an order that all ranks find alike."""
+        assert self._grid is not None
+        return self._grid.mesh.movedim(self._named.index(axis), -1).flatten(0, -2).tolist()
+
     def group(self, *axes: Axis) -> distributed.ProcessGroup | None:
         """Of the ranks along the axes together; None where this one is alone."""
         return self.along(*axes).get_group() if self.size(*axes) > 1 else None

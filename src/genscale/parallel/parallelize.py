@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -256,13 +256,10 @@ def _ends(mesh: Mesh) -> ProcessGroup | None:
     """The first and the last rank of this rank's pipeline; None on those between."""
     if mesh.size("pipeline") == 2:
         return mesh.group("pipeline")
-    line = distributed.get_process_group_ranks(mesh.group("pipeline"))
-    lines: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(lines, line)
     mine = None
-    for each in sorted({tuple(line) for line in lines}):  # all ranks make all groups, in one order
-        group = distributed.new_group([each[0], each[-1]])
-        if distributed.get_rank() in (each[0], each[-1]):
+    for line in mesh.lines("pipeline"):  # all ranks make all groups, in one order
+        group = distributed.new_group([line[0], line[-1]])
+        if distributed.get_rank() in (line[0], line[-1]):
             mine = group
     return mine
 

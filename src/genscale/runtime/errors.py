@@ -10,6 +10,7 @@ class UserError(Exception):
 
     told = False
     """Whether another process of the same run tells it already."""
+    exit_code = 2
 
 
 def nearest(word: str, known: list[str]) -> str:

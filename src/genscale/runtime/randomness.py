@@ -55,7 +55,7 @@ class Rng:
     """
 
     def __init__(self, seed: int, step: int, phase: str, positions: Tensor):
-        self.positions = positions
+        self.positions, self.step = positions, step
         self._key = key(seed, step, phase)
 
     def bits(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:

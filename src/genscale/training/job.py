@@ -15,6 +15,8 @@ from genscale.recipe.schema import Recipe
 from genscale.runs.run import Run
 from genscale.runtime.peak import Peak
 from genscale.runtime.progress import TrainingDisplay
+from genscale.runtime.stragglers import StragglerWatch
+from genscale.runtime.watch import Watch
 from genscale.runtime.world import World
 from genscale.training.checkpoint import CheckpointStore
 from genscale.training.early_stopping import EarlyStopping
@@ -66,6 +68,8 @@ class Job:
     tracker: Tracker
     display: TrainingDisplay
     interruption: Interruption
+    watch: Watch
+    stragglers: StragglerWatch
     profile: StepProfile
     preview: Callable[[], list[dict[str, str | bytes]]]
     """Draws the samples that the report shows; called by all ranks, the first one draws."""

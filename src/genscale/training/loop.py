@@ -155,6 +155,8 @@ def log_step(job: Job, step: int, measured: dict[str, float], meter: Meter) -> N
         values["tokens"] = values["samples"] * plan.clock.tokens_per_sample
         values["tokens_per_second"] = rate * plan.clock.tokens_per_sample
     publish(job, done, values)
+    for line in job.stragglers.slow_ranks():
+        job.event("slow_rank", line)
     for kind, concern in job.objective.concerns(measured).items():
         if kind not in job.progress.concerns:
             job.progress.concerns.append(kind)
@@ -183,6 +185,7 @@ def utilisation(job: Job, samples_per_second: float) -> float:
 def validate(job: Job) -> bool:
     """Score the held-out data, draw the report's samples, and say whether this is the best so far."""
     progress, plan = job.progress, job.plan
+    job.watch.at(progress.step - 1, "validation")
     reshard(job)
     with job.state.evaluation_weights():
         scores = held_out(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,17 +17,23 @@ from genscale.objectives.objective import Objective
 from genscale.parallel.fit import fitted_sizes
 from genscale.parallel.mesh import Mesh
 from genscale.parallel.parallelize import parallelize, without_data
+from genscale.recipe.dialect import read_yaml
 from genscale.recipe.layout import Axis
+from genscale.recipe.load import differences, recipe_from_mapping, recipe_to_yaml
 from genscale.recipe.schema import Recipe
 from genscale.recipe.training import Trackers
 from genscale.runs.disk import writing
 from genscale.runs.run import Run
+from genscale.runtime.agreement import agree, software
 from genscale.runtime.allocator import keep_freed_memory
 from genscale.runtime.device import device_summary, memory_used, pick_device
 from genscale.runtime.errors import UserError
+from genscale.runtime.memory import explained_memory
 from genscale.runtime.peak import matmul_peak
 from genscale.runtime.progress import TrainingDisplay
-from genscale.runtime.world import World, from_rank_0, join_world
+from genscale.runtime.stragglers import StragglerWatch
+from genscale.runtime.watch import Watch, watching
+from genscale.runtime.world import World, current_world, from_rank_0, join_world
 from genscale.training.checkpoint import CheckpointStore, export_weights
 from genscale.training.compilation import decide_compile
 from genscale.training.early_stopping import EarlyStopping
@@ -66,15 +73,34 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
     if device.type == "cpu":
         keep_freed_memory()
     sizes = layout_sizes(recipe)
-    world = join_world(device)
-    mesh = Mesh(sizes, device)
+    flight = Path(recipe.run_directory) / "flight"
+    join_world(device, flight)
+    with watching(flight) as watch:
+        agree({"recipe": recipe_to_yaml(recipe), **software()}, {"recipe": _first_differences})
+        run, done = _train(recipe, device, Mesh(sizes, device), watch, show_progress)
+    if not done:
+        raise KeyboardInterrupt
+    return run
+
+
+def _first_differences(usual: str, other: str) -> str:
+    """The first differing keys of two recipes in YAML."""
+    a, b = (recipe_from_mapping(read_yaml(text, "recipe")[0]) for text in (usual, other))
+    return ", ".join(differences(a, b)[:3])
+
+
+def _train(
+    recipe: Recipe, device: torch.device, mesh: Mesh, watch: Watch, show_progress: bool | None
+) -> tuple[Run, bool]:
+    """The run, and whether it is done: False where somebody interrupted it."""
+    world = current_world()
     inputs = open_inputs(recipe, show_progress)
     plan = make_plan(recipe, inputs.stream.samples_per_epoch)
     leads = world.rank == 0
     with ExitStack() as held, watched_signals() as interruption:
         run = from_rank_0(lambda: _open_run(recipe, inputs, held))
         if run.facts["status"] == "finished":
-            return run
+            return run, True
         trackers = recipe.training.trackers if leads else Trackers()
         with (
             TrainingDisplay(plan.steps, enabled=show_progress if leads else False) as display,
@@ -93,13 +119,25 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
                 tracker=tracker,
                 profile=profile,
                 interruption=interruption,
+                watch=watch,
+                stragglers=StragglerWatch(world),
             )
-            begin(job, inputs)
-            run_steps(job)
+            with explained_memory(device, lambda: watch.place, lambda: _what_fits(job)):
+                begin(job, inputs)
+                run_steps(job)
         finish(job)
-    if not job.done:
-        raise KeyboardInterrupt
-    return run
+    return run, job.done
+
+
+def _what_fits(job: Job) -> str:
+    """What to change where memory ran out."""
+    advice = []
+    if job.micro_batch > 1:
+        advice.append(f"layout.micro_batch: {job.micro_batch} -> {job.micro_batch // 2}")
+    if job.recipe.layout.recompute != "full":
+        advice.append("layout.recompute: full")
+    advice.append("more layout.shard" if job.world.size > 1 else "layout.shard on more processes")
+    return ", or ".join(advice)
 
 
 def layout_sizes(recipe: Recipe) -> dict[Axis, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
@@ -38,16 +39,22 @@ def accumulate(job: Job, phase: Phase, step: int) -> dict[str, float]:
     slices, idle = own_slices(job)
     batches = [job.stream.batch_at(step, job.plan.batch, start, stop).to(job.device) for start, stop in slices]
     weight = torch.stack([objective.weight(phase, batch) for batch in batches[: len(batches) - idle]]).sum()
+    job.watch.at(step, f"{phase.name}, weights", together=True)
     job.mesh.sum([weight], *DATA)
+    begun = time.perf_counter()
     begin_step(placed.network, job.state.scaler.factor / job.plan.batch)
     rngs = [Rng(job.recipe.seed, step, phase.name, batch.positions) for batch in batches]
     if placed.pipeline is not None:
         losses = _through_pipeline(job, placed, batches, rngs, weight)
     else:
         losses = _one_by_one(job, phase, placed, batches, rngs, weight, idle, objective.scalars(step / job.plan.steps))
+    job.stragglers.observe(time.perf_counter() - begun)
+    job.watch.at(step, f"{phase.name}, gradients", together=True)
     placed.gradients.finish()
     reshard(job)
-    return _measured(job, placed, losses)
+    measured = _measured(job, placed, losses)
+    job.watch.at(step, f"{phase.name}, update")
+    return measured
 
 
 def own_slices(job: Job) -> tuple[list[tuple[int, int]], int]:
@@ -77,6 +84,7 @@ def _one_by_one(
     """Forward and backward of each micro-batch; the losses of those that count."""
     losses = []
     for number, (batch, rng) in enumerate(zip(batches, rngs, strict=True)):
+        job.watch.at(rng.step, f"{phase.name}, micro-batch {number + 1}")
         torch.manual_seed(rng.dropout_seed() + job.dropout_offset)
         last, counts = number + 1 == len(batches), number < len(batches) - idle
         for root in placed.roots:
