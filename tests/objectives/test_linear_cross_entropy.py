@@ -119,6 +119,16 @@ def test_a_second_backward_says_that_there_is_one():
         total.backward()
 
 
+def test_a_pipeline_goes_backward_again():
+    hidden, weight, targets, _ = example()
+    total = linear_cross_entropy(hidden, weight, targets, again=True).total
+    _, (of_hidden, of_weight) = expected({}, "every token")
+    (first,) = torch.autograd.grad(3.7 * total, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(3.7 * total, weight)
+    torch.testing.assert_close(first, of_hidden)
+    torch.testing.assert_close(second, of_weight)
+
+
 def test_no_tokens_have_no_loss():
     hidden, weight, targets, _ = example()
     sums = linear_cross_entropy(hidden[:0], weight, targets[:0])

@@ -192,7 +192,7 @@ def test_on_three_ranks(failed: list[dict[str, str]], case: str) -> None:
         assert case not in found, found[case]
 
 
-@pytest.mark.parametrize("count", [1, 255, 256, 257, 5001])
+@pytest.mark.parametrize("count", [0, 1, 255, 256, 257, 5001])
 @pytest.mark.parametrize(("bits", "levels"), [(8, 127), (4, 7)])
 def test_integers_are_off_by_half_a_level_of_their_block_at_most(count: int, bits: int, levels: int) -> None:
     x = torch.randn(count, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, count)

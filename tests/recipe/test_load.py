@@ -338,7 +338,7 @@ def test_a_recipe_that_is_not_there_suggests_the_nearest(write):
     assert refusal("tinny") == "tinny: no such recipe, did you mean 'tiny'?"
     assert refusal("recipes/text/tin.yaml").endswith("did you mean 'recipes/text/tiny.yaml'?")
     assert refusal("tiny.yml").endswith("did you mean 'tiny'?")
-    assert re.search(r"; shipped recipes: .*\b1b, 70b, ", refusal("qqqq"))
+    assert re.search(r"; shipped recipes: .*\b1b, 405b, 70b, ", refusal("qqqq"))
 
 
 def test_files_that_are_no_text_are_refused(tmp_path):

@@ -14,7 +14,13 @@ from genscale.recipe.load import load_recipe
 from genscale.recipe.shipped import FOLDER, shipped_recipes
 
 # Published sizes: GPT-2's checkpoint; the model cards of Llama 3.2 1B, Llama 3 8B and Llama 3 70B.
-PUBLISHED = {"gpt2-124m": 124_439_808, "1b": 1_235_814_400, "8b": 8_030_261_248, "70b": 70_553_706_496}
+PUBLISHED = {
+    "gpt2-124m": 124_439_808,
+    "1b": 1_235_814_400,
+    "8b": 8_030_261_248,
+    "70b": 70_553_706_496,
+    "405b": 405_853_388_800,
+}
 
 
 def parameters(model, vocabulary):
@@ -44,7 +50,7 @@ def test_each_shipped_recipe_is_named_after_its_file_and_described(name):
 
 
 def test_the_shipped_recipes_are_the_promised_ones():
-    promised = {"tiny", "demo", "shakespeare-char", "shakespeare-char-gpu", "gpt2-124m", "1b", "8b", "70b"}
+    promised = {"tiny", "demo", "shakespeare-char", "shakespeare-char-gpu", "gpt2-124m", "1b", "8b", "70b", "405b"}
     assert promised <= set(shipped_recipes())
 
 

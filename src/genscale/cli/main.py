@@ -22,6 +22,9 @@ COMMANDS = {
     "demo": LazyCommand("genscale.cli.demo", "demo", "The whole life-cycle on data that every machine has."),
     "recipe": LazyCommand("genscale.cli.recipe_commands", "recipe", "List, show and describe recipes."),
     "data": LazyCommand("genscale.cli.data_commands", "data", "Prepare stores of training data and report on them."),
+    "plan": LazyCommand(
+        "genscale.cli.plan", "plan", "What each process of a layout would hold, without the processes."
+    ),
     "train": LazyCommand("genscale.cli.train", "train", "Train as a recipe says, or go on with its run."),
     "sample": LazyCommand("genscale.cli.sample", "sample", "Let a trained model write or draw."),
     "evaluate": LazyCommand("genscale.cli.evaluate", "evaluate", "Score a run on its held-out data."),

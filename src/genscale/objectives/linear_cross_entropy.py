@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
 from genscale.objectives.cross_entropy import CrossEntropy, row_losses, rows_in_block, softmax, turn_into_gradient
+from genscale.runtime.collectives import gather_into
 
 _CHUNK = {"cpu": 2**18}  # logits in a chunk: products in cache
 _ACCELERATOR_CHUNK = 2**26
@@ -147,7 +148,7 @@ def _over_chunks(
     weights = None if weights is None else weights.to(exact)
     ranks = 1 if terms.group is None else distributed.get_world_size(terms.group)
     columns = -(-terms.vocabulary // ranks)  # not those here: all ranks must go in equal steps
-    step = min(rows, max(_FEWEST_ROWS, _CHUNK.get(device.type, _ACCELERATOR_CHUNK) // columns))
+    step = max(1, min(rows, max(_FEWEST_ROWS, _CHUNK.get(device.type, _ACCELERATOR_CHUNK) // columns)))
     losses = CrossEntropy(*torch.empty(3, rows, dtype=exact, device=device))
     with torch.autocast(device.type, enabled=False):
         matrix = weight[: terms.here].to(dtype)
@@ -155,7 +156,6 @@ def _over_chunks(
         gradient = None
         if of_hidden is not None or of_weight is not None:
             gradient = logits.to(_gradient_dtype(dtype))  # the same buffer, but for fp16
-            exact_matrix = matrix.to(gradient.dtype)
         for start in range(0, rows, step):
             chunk = slice(start, min(start + step, rows))
             size = chunk.stop - start
@@ -165,9 +165,9 @@ def _over_chunks(
             chunk_losses = CrossEntropy(*(loss[chunk] for loss in losses))
             chunk_gradient = None if gradient is None else gradient[:size]
             _losses_of_chunk(logits[:size], targets[chunk], chunk_weights, terms, columns, chunk_losses, chunk_gradient)
-            if of_hidden is not None:
-                torch.mm(chunk_gradient, exact_matrix, out=of_hidden[chunk])
-            if of_weight is not None:
+            if chunk_gradient is not None and of_hidden is not None:
+                torch.mm(chunk_gradient, matrix.to(chunk_gradient.dtype), out=of_hidden[chunk])
+            if chunk_gradient is not None and of_weight is not None:
                 _add_product(of_weight[: terms.here], chunk_gradient, part)
     if weights is not None:
         losses = CrossEntropy(*(loss * weights for loss in losses))
@@ -258,7 +258,7 @@ def _find(scores: Tensor, targets: Tensor, terms: _Terms, exact: torch.dtype) ->
         statistics = torch.stack((own_partition, *own_partition.new_zeros(2, len(scores))))
     ranks = distributed.get_world_size(terms.group)
     gathered = statistics.new_empty(ranks * len(statistics), len(scores))
-    distributed.all_gather_into_tensor(gathered, statistics, group=terms.group)
+    gather_into(gathered, statistics, terms.group)
     gathered = gathered.view(ranks, *statistics.shape)
     log_partition = gathered[:, 0].logsumexp(dim=0)
     target_scores, sums = gathered[:, 1:].sum(dim=0)

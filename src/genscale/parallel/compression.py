@@ -189,12 +189,13 @@ def packed(flat: Tensor, bits: int) -> Tensor:
     if bits == 16:
         return flat.to(torch.bfloat16).view(torch.uint8)
     largest = 2 ** (bits - 1) - 1
-    blocks = functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+    padded = functional.pad(flat, (0, -len(flat) % _BLOCK))
+    blocks = padded.view(len(padded) // _BLOCK, _BLOCK)
     scales = blocks.abs().amax(1, keepdim=True) / largest
     codes = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8).view(torch.uint8)
     if bits == 4:
         codes = (codes[:, ::2] & 15) | (codes[:, 1::2] << 4)
-    return torch.cat([scales.view(torch.uint8).flatten(), codes.flatten()])
+    return torch.cat([scales.flatten().view(torch.uint8), codes.flatten()])
 
 
 def unpacked(piece: Tensor, bits: int, count: int) -> Tensor:
@@ -202,7 +203,7 @@ def unpacked(piece: Tensor, bits: int, count: int) -> Tensor:
     if bits == 16:
         return piece.view(torch.bfloat16).float()
     blocks = -(-count // _BLOCK)
-    scales, codes = piece[: 4 * blocks].view(torch.float32), piece[4 * blocks :].view(blocks, -1)
+    scales, codes = piece[: 4 * blocks].view(torch.float32), piece[4 * blocks :].view(blocks, _BLOCK * bits // 8)
     if bits == 4:
         low, high = (codes << 4).view(torch.int8) >> 4, codes.view(torch.int8) >> 4  # >> keeps the sign
         codes = torch.stack([low, high], -1).flatten(1)

@@ -44,8 +44,9 @@ class Portions:
             )
         self.tokens, self.ranks, self.rank = tokens, ranks, rank
         self.chunk = tokens // (2 * ranks)
-        # A mask is shared by the layers of one forward, and so is the plan; it goes when the mask goes.
+        # A mask is shared by the layers of one forward, and so is what is made of it; that goes when the mask goes.
         self._plans: WeakKeyDictionary[AttentionMask, dict[Any, list[list[Block]]]] = WeakKeyDictionary()
+        self._rows: WeakKeyDictionary[AttentionMask, list[RowsOfMask]] = WeakKeyDictionary()
 
     def chunks(self, rank: int) -> tuple[range, range]:
         """The two stretches of the whole sequence that a rank has."""
@@ -92,6 +93,12 @@ class Portions:
                 plans[method, fused] = [plan_blocks(mask, rows, columns, fused)]
         return plans[method, fused]
 
+    def rows(self, mask: AttentionMask) -> list[RowsOfMask]:
+        """The mask of each chunk here over what it sees of the whole sequence."""
+        if mask not in self._rows:
+            self._rows[mask] = [RowsOfMask(mask, chunk) for chunk in self.chunks(self.rank)]
+        return self._rows[mask]
+
 
 def context_attend(
     queries: Tensor,
@@ -135,12 +142,11 @@ def context_attend(
         return blocks_attention(queries, keys, values, Scores(mask, scale, soft_cap), steps, group)
     keys, values = portions.join(torch.stack((keys, values)), group, dim=3)
     if queries.device.type == "cpu" and not dropout:
-        # 0.85 of the time of torch's kernel with the mask written out, and no mask to keep.
+        # No mask to keep; in float32 0.85 to 0.9 of the time of torch's kernel with a causal mask written out.
         steps = portions.plan(mask, method, fused)
         return blocks_attention(queries, keys, values, Scores(mask, scale, soft_cap), steps)
     outputs = []
-    for part, chunk in zip(queries.chunk(2, dim=2), portions.chunks(portions.rank), strict=True):
-        rows = RowsOfMask(mask, chunk)
+    for part, rows in zip(queries.chunk(2, dim=2), portions.rows(mask), strict=True):
         k, v = (x[:, :, rows.columns.start : rows.columns.stop] for x in (keys, values))
         outputs.append(attend(part, k, v, rows, scale, soft_cap, dropout))
     return torch.cat(outputs, dim=2)
@@ -151,7 +157,7 @@ class RowsOfMask(AttentionMask):
 
     def __init__(self, whole: AttentionMask, rows: range):
         low, high = whole.key_range(rows.start, rows.stop)
-        self.whole, self.rows, self.columns = whole, rows, range(low, high)
+        self.columns, self._offset = range(low, high), rows.start - low
         documents = None if whole.documents is None else whole.documents[:, low:high]
         start = None if whole.start is None else whole.start - low
         super().__init__(len(rows), high - low, whole.causal, whole.window, documents, start, whole.device)
@@ -159,7 +165,7 @@ class RowsOfMask(AttentionMask):
     @property
     def offset(self) -> int:
         """Column of the first query; without causality more columns follow the last."""
-        return self.rows.start - self.columns.start
+        return self._offset
 
     def _compute_visible(self) -> Tensor:
-        return visible(self.whole, self.rows, self.columns)
+        return visible(self, range(self.offset, self.offset + self.queries), range(self.keys))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from genscale.models.blocks import Around, Blocks
 from genscale.models.mask import AttentionMask
 from genscale.parallel.context import Portions, context_attend
 from genscale.parallel.mesh import Mesh
+
+portions_of = cache(Portions)  # one for each length, with the plans that it has made for masks in use
 
 
 def split_context(blocks: Blocks, mesh: Mesh, method: str, first: bool, last: bool) -> None:
@@ -26,7 +28,7 @@ def split_context(blocks: Blocks, mesh: Mesh, method: str, first: bool, last: bo
     rank, ranks = mesh.rank("context"), mesh.size("context")
 
     def portions(around: Around) -> Portions:
-        return Portions(around.masks[0].keys, ranks, rank)
+        return portions_of(around.masks[0].keys, ranks, rank)
 
     def enter(_: nn.Module, told: tuple[Tensor, Tensor | None, Around]) -> tuple[Tensor, Tensor | None, Around]:
         x, condition, around = told
@@ -57,5 +59,5 @@ def _attend(
     ranks: int,
     method: Any,
 ) -> Tensor:
-    portions = Portions(mask.keys, ranks, rank)
+    portions = portions_of(mask.keys, ranks, rank)
     return context_attend(queries, keys, values, mask, *options, portions=portions, group=group, method=method)

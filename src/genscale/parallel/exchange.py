@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+from genscale.runtime.collectives import gather_into, scatter_sum_into
+
 
 def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
     x = x.contiguous().clone()
@@ -25,7 +27,7 @@ def _gathered(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     ranks = distributed.get_world_size(group)
     x = x.contiguous()
     out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    distributed.all_gather_into_tensor(out, x, group=group)
+    gather_into(out, x, group)
     return torch.cat(out.chunk(ranks), dim=dim)
 
 
@@ -34,7 +36,7 @@ def _scattered_sum(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     ranks = distributed.get_world_size(group)
     stacked = torch.cat(x.chunk(ranks, dim)).contiguous()
     out = stacked.new_empty(stacked.shape[0] // ranks, *stacked.shape[1:])
-    distributed.reduce_scatter_tensor(out, stacked, group=group)
+    scatter_sum_into(out, stacked, group)
     return out
 
 

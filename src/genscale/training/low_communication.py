@@ -111,16 +111,17 @@ class OuterOptimizer:
         return step > 0 and (step - offset) % self.options.every == 0
 
     def _begin(self, number: int) -> None:
+        """Send how far this group has come since the last exchange of a fragment."""
         names = self.fragments[number]
-        progress = _flat(self.shared[name] for name in names)
-        progress -= _flat(self._parameters[name] for name in names)
-        self._under_way[number] = self._mean(progress)
+        pairs = [(local(self.shared[name]), local(self._parameters[name].detach())) for name in names]
+        self._under_way[number] = self._mean([(shared - own).float().flatten() for shared, own in pairs])
 
-    def _mean(self, flat: Tensor) -> Callable[[], Tensor]:
-        """Begin taking the mean over the groups; what is returned waits for it."""
+    def _mean(self, parts: list[Tensor]) -> Callable[[], Tensor]:
+        """Begin taking the mean over the groups; what is returned waits for it and gives it, flat."""
         if self.group is None:
-            return partial(_known, flat)
+            return partial(_known, torch.cat(parts))
         if self.options.bits == 32:
+            flat = torch.cat(parts)
             work = distributed.all_reduce(flat, group=self.group, async_op=True)
             self.bytes_sent += 2 * (self.groups - 1) * flat.nbytes // self.groups
 
@@ -129,17 +130,26 @@ class OuterOptimizer:
                 return flat.div_(self.groups)
 
             return reduced
-        # The sum of what was rounded is taken in float32. Groups are few, so that each may send its piece to all.
-        piece = packed(flat, self.options.bits)
-        pieces = piece.new_empty(self.groups, len(piece))
-        work = distributed.all_gather(list(pieces.unbind()), piece, group=self.group, async_op=True)
-        self.bytes_sent += (self.groups - 1) * piece.nbytes
+        # Each parameter by itself, so that one that several ranks of a group have is rounded alike on all of them. The
+        # sum of what was rounded is taken in float32: groups are few, so that each may send its own to all.
+        pieces = [packed(part, self.options.bits) for part in parts]
+        sent = torch.cat(pieces)
+        received = [torch.empty_like(sent) for _ in range(self.groups)]
+        work = distributed.all_gather(received, sent, group=self.group, async_op=True)
+        self.bytes_sent += (self.groups - 1) * sent.nbytes
 
         def gathered() -> Tensor:
             work.wait()
-            return torch.stack([unpacked(each, self.options.bits, len(flat)) for each in pieces]).mean(0)
+            return torch.stack([self._unpacked(each, parts, pieces) for each in received]).mean(0)
 
         return gathered
+
+    def _unpacked(self, sent: Tensor, parts: list[Tensor], pieces: list[Tensor]) -> Tensor:
+        """A group's parts, flat."""
+        received = sent.split([len(piece) for piece in pieces])
+        return torch.cat(
+            [unpacked(piece, self.options.bits, len(part)) for piece, part in zip(received, parts, strict=True)]
+        )
 
     def _end(self, number: int, mixing: float) -> None:
         """Move a fragment's shared weights, as torch.optim.SGD with ``nesterov`` does, and this group's to them."""

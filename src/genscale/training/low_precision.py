@@ -37,7 +37,7 @@ def use_fp8(network: nn.Module, device: torch.device, imitate: bool = False) -> 
     chosen = {name for name, module in network.named_modules() if _fits(name, module)}
     if not chosen:
         raise UserError(
-            f"layout.precision: no linear layer in a block has dimensions that are multiples of {_MULTIPLE}, as fp8 needs"
+            f"layout.precision: fp8 needs dimensions that are multiples of {_MULTIPLE}, as no block's linear layer has"
         )
     convert_to_float8_training(
         network, module_filter_fn=lambda _, name: name in chosen, config=Float8LinearConfig(emulate=imitate)

@@ -1,0 +1,1 @@
+"""The same recipe on many machines: job scripts, manifests, and processes on other hosts."""
