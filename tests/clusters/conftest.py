@@ -14,6 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from small import recipe, small_store
+
+__all__ = ["recipe", "small_store"]
 
 CONFIGURATION = """
 ClusterName=test
@@ -23,7 +26,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 # cred_expire is also how long a requeued job waits before it starts again; two minutes if not set.
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -36,7 +39,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=sched_min_interval=0,sched_interval=2
+SchedulerParameters=sched_min_interval=0,sched_interval=2,bf_interval=2
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=20
@@ -45,7 +48,6 @@ PreemptMode=REQUEUE
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1
 PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=20
-PartitionName=abrupt Nodes=n1,n2 PriorityTier=1 GraceTime=0
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
 """
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -82,7 +84,7 @@ def told(*command: str) -> str:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of a running Slurm with nodes n1 and n2, for whose commands SLURM_CONF is set.
 
-    Partition ``urgent`` preempts ``normal``, which leaves 20 seconds of grace, and ``abrupt``, which leaves none.
+    Partition ``urgent`` preempts ``normal``, whose jobs are told 20 seconds before.
     """
     munged, slurmctld, slurmd = map(daemon, DAEMONS)
     folder = tmp_path_factory.mktemp("slurm")

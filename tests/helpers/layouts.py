@@ -48,8 +48,9 @@ def curve(run: Run) -> list[float]:
 
 def assert_same_curve(run: Run, alone: Run, rel: float = 1e-5) -> None:
     found, expected = curve(run), curve(alone)
-    assert len(found) == len(expected) > 0
-    assert found == pytest.approx(expected, rel=rel)
+    assert len(found) == len(expected) > 0, run.directory
+    apart = [abs(one - other) / abs(other) for one, other in zip(found, expected, strict=True)]
+    assert found == pytest.approx(expected, rel=rel), f"{run.directory.name}: {[f'{each:.0e}' for each in apart]}"
 
 
 def gradient_norms(run: Run) -> list[float]:

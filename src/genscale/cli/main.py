@@ -25,7 +25,9 @@ COMMANDS = {
     "plan": LazyCommand(
         "genscale.cli.plan", "plan", "What each process of a layout would hold, without the processes."
     ),
+    "verify": LazyCommand("genscale.cli.verify", "verify", "Run the same steps on two layouts, and find what differs."),
     "train": LazyCommand("genscale.cli.train", "train", "Train as a recipe says, or go on with its run."),
+    "launch": LazyCommand("genscale.cli.launch", "launch", "Start a run on a cluster that takes manifests."),
     "sample": LazyCommand("genscale.cli.sample", "sample", "Let a trained model write or draw."),
     "evaluate": LazyCommand("genscale.cli.evaluate", "evaluate", "Score a run on its held-out data."),
     "average": LazyCommand("genscale.cli.average", "average", "Average a run's weights over any length."),

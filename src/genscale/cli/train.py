@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from genscale.cli.launch import elsewhere_options, train_elsewhere
 from genscale.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -16,17 +17,24 @@ if TYPE_CHECKING:
 @click.command("train")
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1)
+@elsewhere_options
 @json_option
-def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+@click.pass_context
+def train(ctx: click.Context, recipe: str, overrides: tuple[str, ...], as_json: bool, **asked: Any) -> None:
     """Train as a recipe says, or go on with its run.
 
     RECIPE is a file, or the name of a recipe that comes with genscale. OVERRIDES change it, for example
     training.budget='2 epochs'. The store is prepared first where it is not there yet. Ctrl-C at any moment is safe: the
-    same command goes on from there. The same line runs under torchrun. With --json there is no progress display.
+    same command goes on from there. The same line runs under torchrun and srun, and with --on it is a Slurm job or runs
+    on other hosts. With --json there is no progress display.
     """
     from genscale.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)  # before the heavy imports, so that a mistake is told at once
+    words = (recipe, *overrides, *(["--json"] if as_json else []))
+    code = train_elsewhere(loaded, words, asked)
+    if code is not None:
+        ctx.exit(code)
 
     from genscale.runtime.world import current_world
     from genscale.training.run import train

@@ -85,7 +85,7 @@ def _pytorch_job(job: KubernetesJob) -> dict[str, Any]:
     if job.gpus_per_node:
         container["resources"] = _resources(job)
     replica = {
-        # Torchrun ends with 1 whatever happened, so that the operator cannot tell a preempted process from a broken one.
+        # Torchrun ends with 1 whatever happened: nobody can tell a preempted process from a broken one.
         "restartPolicy": "OnFailure",
         "template": {
             "spec": {

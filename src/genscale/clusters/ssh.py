@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from genscale.runtime.errors import UserError
@@ -43,26 +43,27 @@ class Ended(NamedTuple):
     code: int
 
 
+def host_names(text: str) -> tuple[str, ...]:
+    """From ``host1,host2``. Raises UserError for a list that names none, or one of them twice."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if not name or name.startswith("-") or any(letter.isspace() for letter in name):
+            raise UserError(f"--hosts: expected names such as host1,host2, found {text!r}")
+        if names.count(name) > 1:
+            raise UserError(f"--hosts: {name} stands there twice; several processes on it: --processes-per-node")
+    return names
+
+
 @dataclass(frozen=True)
 class Hosts:
     """The machines, and how torchrun is started on them."""
 
     names: tuple[str, ...]
-    """As ssh takes them; the first one's, without a user, is also where the processes meet."""
+    """As ssh takes them; at the first one, without its user, the processes meet."""
     processes_per_node: int = 1
-    port: int = 29500
-    folder: str = "."
-
-    @classmethod
-    def of(cls, names: str, **settings: int | str) -> Hosts:
-        """From ``host1,host2``. Raises UserError for a list that names none, or one of them twice."""
-        hosts = tuple(name.strip() for name in names.split(","))
-        for host in hosts:
-            if not host or host.startswith("-") or any(letter.isspace() for letter in host):
-                raise UserError(f"--hosts: expected names such as host1,host2, found {names!r}")
-            if hosts.count(host) > 1:
-                raise UserError(f"--hosts: {host} stands there twice; several processes on it: --processes-per-node")
-        return cls(hosts, port=random.randint(20_000, 29_999), folder=os.getcwd(), **settings)  # type: ignore[arg-type]
+    port: int = field(default_factory=lambda: random.randint(20_000, 29_999))
+    """Where the processes meet; below the range that kernels hand out."""
+    folder: str = field(default_factory=os.getcwd)
 
     def command(self, index: int, words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
         """The ssh command of one host; ``words`` are what torchrun runs."""

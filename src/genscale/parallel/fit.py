@@ -89,6 +89,8 @@ def check_sequence(recipe: Recipe, sizes: dict[Axis, int], tokens: int, key: str
 
 def _check_training(recipe: Recipe, sizes: dict[Axis, int]) -> None:
     optimizer = recipe.training.optimizer
+    if recipe.layout.precision == "fp8" and sizes["tensor"] > 1:
+        raise UserError("layout.tensor: layers in fp8 are not split by tensor; use shard, or precision: bf16")
     split = [axis for axis in ("shard", "tensor", "expert") if sizes[axis] > 1]
     if split and isinstance(optimizer, Adafactor):
         raise UserError(f"layout.{split[0]}: adafactor's factors are of whole matrices; use adamw or muon")

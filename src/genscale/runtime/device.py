@@ -76,3 +76,11 @@ def memory_free(device: torch.device) -> int:
 
         return psutil.virtual_memory().available
     return torch.get_device_module(device).mem_get_info(device)[0]
+
+
+def has_fp8_products(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in fp8: from capability 8.9 (Ada, Hopper)."""
+    if device.type == "cpu":
+        return False
+    capability = getattr(torch.get_device_module(device), "get_device_capability", lambda _: None)(device)
+    return isinstance(capability, tuple) and capability >= (8, 9)

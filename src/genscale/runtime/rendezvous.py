@@ -1,8 +1,8 @@
 """Where the processes of a run meet, on clusters that do not say it as torchrun does.
 
-Torch reads MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK. Here they are worked out from TF_CONFIG, by which
-TensorFlow's distributed strategies and the clusters made for them describe themselves, and from the variables that Slurm
-gives the tasks of ``srun``.
+Torch reads MASTER_ADDR, MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK. Here they are worked out from TF_CONFIG, in
+which clusters made for TensorFlow's distributed strategies describe themselves, and from the variables that Slurm gives
+the tasks of ``srun``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from genscale.runtime.errors import UserError
 
 _NOT_TRAINED_ON = {"ps": "parameter servers", "evaluator": "evaluators"}
+_TRAINED_ON = ("chief", "master", "worker")
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 
 
@@ -51,15 +52,16 @@ def _from_tf_config(text: str) -> dict[str, str]:
     cluster, task = _mapping(cluster, "TF_CONFIG: cluster"), _mapping(task, "TF_CONFIG: task")
     kind, index = task.get("type"), task.get("index", 0)
     if kind in _NOT_TRAINED_ON:
-        raise UserError(f"TF_CONFIG: genscale trains without {_NOT_TRAINED_ON[kind]}; start it on chief and workers only")
-    members = [(name, position) for name in ("chief", "master", "worker") for position in range(len(cluster.get(name, ())))]
-    addresses = [cluster[name][position] for name, position in members]
-    for address in addresses:
-        if not isinstance(address, str) or not re.fullmatch(r".+:\d+", address):
-            raise UserError(f"TF_CONFIG: cluster: expected addresses such as 'host:1234', found {address!r}")
+        raise UserError(
+            f"TF_CONFIG: genscale trains without {_NOT_TRAINED_ON[kind]}; start it on chief and workers only"
+        )
+    members = {
+        (name, position): address for name in _TRAINED_ON for position, address in enumerate(_addresses(cluster, name))
+    }
     if (kind, _whole(index)) not in members:
         raise UserError(f"TF_CONFIG: task: no {kind!r} with index {index!r} in the cluster")
-    rank = members.index((kind, _whole(index)))
+    rank = list(members).index((kind, _whole(index)))
+    addresses = list(members.values())
     hosts = [address.rpartition(":")[0] for address in addresses]
     return _variables(
         address=hosts[0],
@@ -74,6 +76,16 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, found {value!r}")
     return value
+
+
+def _addresses(cluster: dict[str, Any], name: str) -> list[str]:
+    addresses = cluster.get(name) or []
+    if not isinstance(addresses, list):
+        raise UserError(f"TF_CONFIG: cluster: {name}: expected a list of addresses, found {addresses!r}")
+    for address in addresses:
+        if not isinstance(address, str) or not re.fullmatch(r".+:\d+", address):
+            raise UserError(f"TF_CONFIG: cluster: expected addresses such as 'host:1234', found {address!r}")
+    return addresses
 
 
 def _whole(index: Any) -> int | None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from genscale.objectives.objective import Objective
+from genscale.parallel.fsdp import units
 from genscale.runtime.device import synchronize
 from genscale.runtime.world import from_rank_0
 
@@ -23,19 +24,23 @@ _EXPECTED_GAIN = {"cpu": 0.08}
 _EXPECTED_GAIN_ACCELERATOR = 0.3
 
 
-def set_compiled(objective: Objective, compiled: bool) -> None:
+def set_compiled(objective: Objective, compiled: bool, by_block: bool = False) -> None:
     """Compile the forward of each trained network, or go back to eager.
 
     A network that is differentiated twice stays eager: compiled code has no second derivative.
+
+    Args:
+        by_block: compile each block by itself, as where ranks exchange something between them.
     """
     if compiled:
         _use_private_cache()
     twice = {phase.trains for phase in objective.phases if phase.differentiates_twice}
     for name, network in objective.networks.items():
-        if compiled and name not in twice:
-            network.compile(dynamic=False)
-        else:
-            _uncompile(network)
+        for module in units(network) if by_block else [network]:
+            if compiled and name not in twice:
+                module.compile(dynamic=False)
+            else:
+                _uncompile(module)
 
 
 def _uncompile(network: nn.Module) -> None:
@@ -48,23 +53,25 @@ def decide_compile(
     measure: Callable[[], None],
     steps: int,
     device: torch.device,
+    by_block: bool = False,
 ) -> bool:
     """Whether to compile; leaves the networks compiled or not accordingly.
 
     Args:
         measure: runs one step's forward and backward without changing any weight.
         steps: steps still to come, over which compiling must earn back its cost.
+        by_block: compile each block by itself.
     """
     if requested != "auto":
-        set_compiled(objective, requested)
+        set_compiled(objective, requested, by_block)
         return requested
     eager = _median_seconds(measure, device)
     gain = _EXPECTED_GAIN.get(device.type, _EXPECTED_GAIN_ACCELERATOR)
     if eager * steps * gain < 2 * _COMPILE_SECONDS:
         return False
-    set_compiled(objective, True)
+    set_compiled(objective, True, by_block)
     pays = _median_seconds(measure, device) < 0.98 * eager
-    set_compiled(objective, pays)
+    set_compiled(objective, pays, by_block)
     return pays
 
 

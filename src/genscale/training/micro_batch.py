@@ -27,11 +27,13 @@ def choose_micro_batch(
     device: torch.device,
     world: World,
     pipeline: int = 1,
+    parts: int = 1,
 ) -> int:
     """Samples in one forward: as asked, or the most that is useful and fits in half of the free memory.
 
     Args:
         world: the ranks that share the batch.
+        parts: that the weights, and what belongs to them, are split into.
         pipeline: ranks of a pipeline, which wants equal micro-batches, and as many as keep all of them busy.
     """
     share = batch // world.size
@@ -45,7 +47,7 @@ def choose_micro_batch(
                 f"layout.micro_batch: {requested} samples are more than each rank's share of the batch, {share}"
             )
         return requested
-    states = sum(16 * parameter.numel() for parameter in objective.parameters())  # weight, gradient, two moments
+    states = sum(16 * parameter.numel() for parameter in objective.parameters()) // parts  # with gradient, two moments
     free = (memory_free(device) - states) // 2
     fits = free // objective.activation_bytes_per_sample(4 if precision == "fp32" else 2)
     rows = _ENOUGH_ROWS.get(device.type, _ENOUGH_ROWS_ACCELERATOR)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from genscale.runtime.peak import matmul_peak
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""Of what autocast covers: with fp8 that is all but the layers that cast for themselves (training/low_precision.py)."""
 
 
 def pick_precision(requested: str, device: torch.device) -> str:
-    """``fp32``, ``bf16`` or ``fp16``; ``auto`` picks what the device multiplies fastest, by its matrix peak.
+    """``fp32``, ``bf16``, ``fp16`` or ``fp8``; ``auto`` picks what the device multiplies fastest, by its matrix peak.
 
     On a CPU bf16 where it is at least 1.5 times fp32: half of all CPUs only imitate it. On an accelerator bf16, which
     needs no scaler, unless fp16 is more than twice as fast, as where bf16 is imitated.

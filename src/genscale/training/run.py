@@ -42,6 +42,7 @@ from genscale.training.inputs import Inputs, open_inputs
 from genscale.training.interruption import watched_signals
 from genscale.training.job import Job
 from genscale.training.loop import forget, restore, run_steps
+from genscale.training.low_precision import use_fp8
 from genscale.training.micro_batch import choose_micro_batch
 from genscale.training.plan import Plan, make_plan
 from genscale.training.precision import autocast, pick_precision, torch_dtype
@@ -187,6 +188,7 @@ def make_job(
             device,
             mesh.data,
             mesh.size("pipeline"),
+            mesh.size("shard", "tensor"),
         )
     )
     preview: Callable[[], list[dict[str, str | bytes]]]
@@ -196,6 +198,8 @@ def make_job(
     flops, parameters = objective.flops_per_sample(), _parameters(objective)
     for network in objective.networks.values():
         set_recompute(network, layout.recompute)
+        if precision == "fp8":
+            use_fp8(network, device)
     placed = parallelize(
         objective,
         layout,
@@ -272,7 +276,8 @@ def begin(job: Job, inputs: Inputs) -> None:
 
     steps_left = job.plan.steps - job.progress.step
     requested = _decided(job.run, job.recipe, "compile")
-    compiled = decide_compile(requested, job.objective, measure, steps_left, job.device)
+    by_block = job.recipe.layout.sharded or job.mesh.size("context") > 1
+    compiled = decide_compile(requested, job.objective, measure, steps_left, job.device, by_block)
     facts: dict[str, Any] = {
         "status": "running",
         "decisions": {"precision": job.precision, "micro_batch": job.micro_batch, "compile": compiled},
