@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-from contextlib import suppress
 
 from figures import Figures
 from kernels import milliseconds_by_category
-from ranks import RANK, RANKS, arguments, device, report
+from ranks import arguments, device, report
 from torch.profiler import profile, supported_activities
 
 from genscale.recipe.load import recipe_from_mapping
@@ -73,9 +71,6 @@ def main() -> None:
         report(figures, steps, milliseconds=by_category, flops=run.facts["flops_per_sample"], peak=peak)
     else:
         report(figures, steps)
-    if RANK == RANKS - 1:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(folder / "run")
 
 
 if __name__ == "__main__":

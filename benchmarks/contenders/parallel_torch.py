@@ -23,7 +23,8 @@ def main() -> None:
     if RANKS > 1:
         distributed.init_process_group("gloo" if place.type == "cpu" else "nccl")
     network = nanogpt.GPT(shape).to(place)
-    torch.set_default_device(place)  # for the positions that the model makes
+    if place.type != "cpu":
+        torch.set_default_device(place)  # for the positions that the model makes
     forward: torch.nn.Module = network
     if "compile" in options:
         for block in network.blocks:

@@ -45,10 +45,11 @@ ReturnToService=2
 KillWait=20
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1
-PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=20
-PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF
+# Processes meet at the first node's name, which has to lead to this machine.
+NodeName=127.0.0.1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1
+NodeName=127.0.0.2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1
+PartitionName=normal Nodes=127.0.0.[1-2] Default=YES PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=127.0.0.[1-2] PriorityTier=10 PreemptMode=OFF
 """
 DAEMONS = ("munged", "slurmctld", "slurmd")
 
@@ -76,13 +77,9 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 60) -> None
         time.sleep(0.1)
 
 
-def told(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-
-
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a running Slurm with nodes n1 and n2, for whose commands SLURM_CONF is set.
+    """The folder of a running Slurm with two nodes, for whose commands SLURM_CONF is set.
 
     Partition ``urgent`` preempts ``normal``, whose jobs are told 20 seconds before.
     """
@@ -109,8 +106,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     commands = [
         [munged, "--foreground", "--force", f"--socket={folder}/munge.socket", *munge],
         [slurmctld, *conf],
-        [slurmd, *conf, "-N", "n1"],
-        [slurmd, *conf, "-N", "n2"],
+        [slurmd, *conf, "-N", "127.0.0.1"],
+        [slurmd, *conf, "-N", "127.0.0.2"],
     ]
     with pytest.MonkeyPatch.context() as patch, (folder / "daemons.log").open("w") as log:
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
@@ -120,7 +117,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
                 if command[0] == munged:
                     wait_until((folder / "munge.socket").exists, "munged", 10)
-            wait_until(lambda: nodes_are_idle(), f"two idle nodes (see {folder})", 30)
+            wait_until(nodes_are_idle, f"two idle nodes (see {folder})", 30)
             yield folder
         finally:
             subprocess.run(["scancel", "--user", getpass.getuser(), "--signal=KILL", "--full"], capture_output=True)

@@ -153,14 +153,14 @@ def test_a_mistake_is_one_line_before_anything_is_submitted(words, message, tmp_
 # On a real Slurm; the fixture is in conftest.py
 
 PATIENT = {
-    "training.budget": "160 steps",
-    "training.batch": "16 samples",
+    "training.budget": "200 steps",
+    "training.batch": "8 samples",
     "training.optimizer": {"kind": "adamw", "learning_rate": 1e-3},
-    "training.validation": {"every": "40 steps", "amount": "16 samples"},
+    "training.validation": {"every": "50 steps", "amount": "8 samples"},
     "training.checkpoints": {"every": "1000 steps"},  # so that only an interruption saves
-    "model.context": 256,
+    "model.context": 128,
     "model.width": 64,
-    "layout.micro_batch": 8,
+    "layout.micro_batch": 4,
 }
 
 
@@ -169,7 +169,7 @@ def state(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", shown))
 
 
-def wait_for(true: Callable[[], bool], log: Path, seconds: float = 90) -> None:
+def wait_for(true: Callable[[], bool], log: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, log.read_text() if log.exists() else f"{log} is not there"
@@ -232,8 +232,8 @@ def test_a_job_that_is_preempted_and_requeued_ends_as_one_that_was_left_alone(
     run = moved.end()
     events = (moved.directory / "events.jsonl").read_text()
     for facts in (preempted, requeued):
-        assert f"going on from step {facts['step']} of 160" in events
-    assert 5 <= preempted["step"] < requeued["step"] < 160
+        assert f"going on from step {facts['step']} of 200" in events
+    assert 5 <= preempted["step"] < requeued["step"] < 200
     assert state(moved.job)["Restarts"] == "2"
-    assert len(curve(run)) == 160 + 4
+    assert len(curve(run)) == 200 + 4
     assert curve(run) == pytest.approx(curve(undisturbed), rel=1e-5)

@@ -106,6 +106,11 @@ def test_the_tasks_of_a_slurm_step_meet_on_the_first_node():
     }
 
 
+def test_an_address_and_a_port_that_are_set_stand():
+    found = rendezvous(slurm(MASTER_ADDR="10.0.0.7", MASTER_PORT="29500"))
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"], found["RANK"]) == ("10.0.0.7", "29500", "3")
+
+
 def test_a_batch_script_and_a_lone_task_are_no_step_of_several_tasks():
     """Slurm gives SLURM_NTASKS and SLURM_PROCID to the batch script as well."""
     assert rendezvous({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_NODELIST": "n[1-2]"}) == {}

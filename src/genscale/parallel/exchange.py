@@ -88,6 +88,22 @@ class _Scatter(torch.autograd.Function):
         return _gathered(gradient, ctx.group, ctx.dim), None, None, None
 
 
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """The same, whose gradient is multiplied."""
+    return _ScaledGradient.apply(x, factor)
+
+
 def copied(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """The same on all ranks, each of which goes on to a part of the work: its gradient is the sum of theirs."""
     return x if group is None else _Copy.apply(x, group)

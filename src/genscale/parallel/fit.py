@@ -18,7 +18,8 @@ def fitted_sizes(recipe: Recipe, processes: int) -> dict[Axis, int]:
     """
     layout = recipe.layout
     try:
-        sizes = layout.sizes(processes)
+        apart = recipe.training.low_communication
+        sizes = layout.sizes(processes, apart.groups if apart else 1)
     except ValueError as error:
         raise UserError(f"{error}; start as many with torchrun --nproc-per-node, or change the layout") from None
     model = recipe.model
@@ -98,7 +99,7 @@ def _check_training(recipe: Recipe, sizes: dict[Axis, int]) -> None:
     eight_bit |= isinstance(optimizer, Muon) and optimizer.rest.bits == 8
     if split and eight_bit:
         raise UserError(f"layout.{split[0]}: an optimizer of 8 bits keeps blocks of whole parameters; use bits: 32")
-    data = sizes["replicate"] * sizes["shard"] * sizes["expert"]
+    data = sizes["group"] * sizes["replicate"] * sizes["shard"] * sizes["expert"]
     samples = recipe.samples_per_step
     if samples < data:
         raise UserError(f"training.batch: {samples} samples are fewer than the {data} ranks that share them")

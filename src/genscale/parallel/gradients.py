@@ -29,6 +29,14 @@ class Compressor(Protocol):
         """Begin summing ``flat`` in place; what is returned waits for it."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers, for the checkpoint."""
+        ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+        ...
+
 
 class PlainSum:
     """All of it, as it is."""
@@ -37,6 +45,12 @@ class PlainSum:
         work = distributed.all_reduce(flat, group=group, async_op=True)
         assert work is not None
         return lambda: work.wait()
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        pass
 
 
 class GradientSum:

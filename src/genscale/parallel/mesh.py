@@ -81,9 +81,24 @@ class Mesh:
         return self.along(*axes).get_group() if self.size(*axes) > 1 else None
 
     @property
+    def devices(self) -> DeviceMesh:
+        """All ranks, with a dimension for each axis that has several."""
+        assert self._grid is not None
+        return self._grid
+
+    def names_of_groups(self) -> dict[frozenset[int], str]:
+        """The groups of ranks that this one is in, by their global ranks: the axes that they lie along."""
+        names: dict[frozenset[int], str] = {}
+        for axis in self._named:
+            names[frozenset(distributed.get_process_group_ranks(self.group(axis)))] = axis
+        for axes, mesh in self._flat.items():
+            names.setdefault(frozenset(distributed.get_process_group_ranks(mesh.get_group())), " x ".join(axes))
+        return names
+
+    @property
     def data(self) -> World:
         """Among the ranks that have different samples."""
-        return World(self.rank(*DATA), self.size(*DATA))
+        return World(self.rank("group", *DATA), self.size("group", *DATA))
 
     @property
     def alone(self) -> bool:
@@ -96,3 +111,9 @@ class Mesh:
         if group is not None:
             for tensor in tensors:
                 distributed.all_reduce(tensor, group=group)
+
+    def largest(self, value: float, *axes: Axis) -> float:
+        """Of the values of the ranks along the axes."""
+        tensor = torch.tensor(value, dtype=torch.float64)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self.group(*axes))
+        return tensor.item()

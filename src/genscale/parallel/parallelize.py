@@ -49,6 +49,8 @@ class Placed:
     keep: bool = False
     """Whether weights stay whole until the backward is over."""
     pipeline: Pipeline | None = None
+    norm: float = 0.0
+    """Of the last gradient of this rank's group."""
     loads: Tensor | None = None
     """(layers, experts): of the last step, over all ranks, where there are experts."""
 
@@ -138,6 +140,8 @@ def _place(
         if layout.sequence:
             for view, first, last in views:
                 split_tokens(view.blocks, region, first, last)
+            for stage in stages.values():
+                stage.tokens = region.group
 
     sharded = mesh.size("shard") > 1
     roots: list[nn.Module] = list(stages.values()) if stages else [network]

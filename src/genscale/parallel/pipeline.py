@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
@@ -25,6 +26,7 @@ from torch.distributed.pipelining.schedules import (
 from genscale.models.blocks import Stacked
 from genscale.models.embedding import in_compute_dtype
 from genscale.objectives.objective import Loss
+from genscale.parallel.exchange import copied, scaled_gradient
 from genscale.parallel.mesh import Mesh
 
 _SCHEDULES: dict[str, Any] = {
@@ -61,6 +63,9 @@ class Stage(nn.Module):
         self.network = cast(nn.Module, network)
         self.context = context
         self.scale: Tensor | float = 1.0
+        self.tokens: ProcessGroup | None = None
+        """Ranks that share the tokens between the ends of the pipeline, so that each has a part of the gradient of the
+        condition there."""
         self.first, self.last = number == 0, number == stages - 1
         self.work: Sequence[Work] = ()
         self.score = score
@@ -71,6 +76,11 @@ class Stage(nn.Module):
         inputs, targets = self.work[int(number)]
         with self.context():
             x, condition = self.through(flow, inputs)
+            if condition is not None and self.tokens is not None:
+                if self.first:
+                    condition = copied(condition, self.tokens)
+                if self.last:  # all ranks go on alike from here, and would have it as often as they are
+                    condition = scaled_gradient(condition, 1 / self.tokens.size())
             if not self.last:
                 return (x,) if condition is None else (x, condition)
             answer = cast(Any, self.network).leave(x, condition, **inputs)

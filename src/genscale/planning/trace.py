@@ -58,7 +58,8 @@ def write_trace(recipe: Recipe, folder: Path, steps: int) -> None:
     join_world(device)
     with watching() as watch:
         job = _job(recipe, device, Mesh(sizes, device), watch)
-        set_compiled(job.objective, recipe.layout.compile is True)
+        by_block = recipe.layout.sharded or job.mesh.size("context") > 1
+        set_compiled(job.objective, recipe.layout.compile is True, by_block)
         with closing(job.tracker), closing(job.profile):
             _run_steps(job, folder, steps)
 
@@ -90,8 +91,8 @@ def _run_steps(job: Job, folder: Path, steps: int) -> None:
     # Of ranks that have the same stage of a pipeline, the first one writes what is whole.
     leads = job.mesh.rank("replicate", "shard", "expert", "context", "tensor") == 0
     activations = Activations(job)
-    start = _phase_folder(folder, 0, 0, "start")
-    _write(start / _file("weights", rank), whole_weights(job, list(job.state.networks)) if leads else {})
+    first = whole_weights(job, list(job.state.networks))
+    _write(_phase_folder(folder, 0, 0, "start") / _file("weights", rank), first if leads else {})
     for step in range(steps):
         measured: dict[str, float] = {}
         sound = True

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def verify(
         traces = []
         for number, (one, title) in enumerate(zip((recipe, against), titles, strict=True)):
             trace = Trace(Path(place) / f"layout-{number + 1}", title)
-            record(one, trace, steps, lambda done, title=title: display(title, done, steps, "steps"))
+            record(one, trace, steps, partial(display, title, total=steps, unit="steps"))
             traces.append(trace)
         return compare(traces[0], traces[1], steps, tolerance, names)
 
@@ -213,9 +214,9 @@ def record(recipe: Recipe, trace: Trace, steps: int, on_progress: Callable[[int]
     """
     count, folder = processes(recipe), trace.folder
     folder.mkdir(parents=True)
-    quiet = {"run": str(folder / "run"), "training.trackers": {}, "training.profile": None}
+    quiet: dict[str, Any] = {"run": str(folder / "run"), "training.trackers": {}, "training.profile": None}
     (folder / "recipe.yaml").write_text(recipe_to_yaml(_changed(recipe, quiet)))
-    command = [sys.executable, "-m", "genscale.planning.trace", folder / "recipe.yaml", folder, str(steps)]
+    command = [sys.executable, "-m", "genscale.planning.trace", str(folder / "recipe.yaml"), str(folder), str(steps)]
     on_progress(0)
     started: list[subprocess.Popen[bytes]] = []
     try:

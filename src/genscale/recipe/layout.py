@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 
 from genscale.recipe.base import Part
 
-Axis = Literal["pipeline", "replicate", "shard", "expert", "context", "tensor"]
+Axis = Literal["group", "pipeline", "replicate", "shard", "expert", "context", "tensor"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-"""From the outermost, whose ranks may be far apart, to the innermost, whose ranks talk most."""
+"""From the outermost, whose ranks may be far apart, to the innermost, whose ranks talk most. The first is that of the
+groups of ``training.low_communication``, which train apart."""
 
 
 class Layout(Part):
@@ -83,13 +84,16 @@ class Layout(Part):
         """Of a pipeline."""
         return self.stages if self.schedule in ("interleaved", "zero_bubble") else 1
 
-    def sizes(self, processes: int) -> dict[Axis, int]:
+    def sizes(self, processes: int, groups: int = 1) -> dict[Axis, int]:
         """Ranks along each axis, from the outermost.
+
+        Args:
+            groups: that train apart, each laid out so.
 
         Raises:
             ValueError: the axes do not multiply to the number of processes.
         """
-        sizes: dict[Axis, int] = {axis: getattr(self, axis) for axis in AXES}
+        sizes: dict[Axis, int] = {axis: groups if axis == "group" else getattr(self, axis) for axis in AXES}
         others = math.prod(sizes[axis] for axis in AXES if axis != "replicate")
         if self.replicate == "auto":
             sizes["replicate"] = max(1, processes // others)

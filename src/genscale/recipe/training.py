@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from genscale.recipe.amount import Amount, PositiveAmount
 from genscale.recipe.base import Part
+from genscale.recipe.low_communication import LowCommunication
 
 
 class AdamW(Part):
@@ -158,6 +159,8 @@ class Training(Part):
     schedule: Schedule = Schedule()
     gradient_clip: float | None = Field(default=1.0, gt=0)
     average: Average | None = None
+    low_communication: LowCommunication | None = None
+    """Groups of ranks that train apart and exchange weights now and then, for slow networks."""
     validation: Validation = Validation()
     checkpoints: Checkpoints = Checkpoints()
     early_stopping: EarlyStopping | None = EarlyStopping()
@@ -174,6 +177,11 @@ class Training(Part):
             raise ValueError(f"batch is given in tokens or samples, not '{self.batch}'")
         if self.budget.unit == "%":
             raise ValueError("budget is given in tokens, samples, steps or epochs, not in % of itself")
+        if self.low_communication is not None:
+            if self.average is not None:
+                raise ValueError("low_communication: groups that train apart have no common average; set average: null")
+            if self.optimizer.kind == "schedule_free":
+                raise ValueError("low_communication: optimizer 'schedule_free' judges weights that no group shares")
         if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile is the first and the last step, not {list(self.profile)}")
         return self

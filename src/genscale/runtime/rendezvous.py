@@ -65,7 +65,7 @@ def _from_tf_config(text: str) -> dict[str, str]:
     hosts = [address.rpartition(":")[0] for address in addresses]
     return _variables(
         address=hosts[0],
-        port=int(addresses[0].rpartition(":")[2]),
+        port=addresses[0].rpartition(":")[2],
         rank=rank,
         size=len(members),
         local_rank=hosts[:rank].count(hosts[rank]),
@@ -95,14 +95,16 @@ def _whole(index: Any) -> int | None:
 
 def _from_slurm(environment: Mapping[str, str]) -> dict[str, str]:
     """One process for each task; task 0 is on the first node."""
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "localhost")
+    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     local_rank = int(environment.get("SLURM_LOCALID", "0"))
     for name in _VISIBLE_DEVICES:
         if visible := environment.get(name, ""):
             local_rank %= len(visible.split(","))  # a task that is bound to a device of its own sees that one only
     return _variables(
-        address=first_host(nodes),
-        port=_slurm_port(int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))),
+        # What is set stands: where the names of nodes lead nowhere, or a port is taken.
+        address=environment.get("MASTER_ADDR") or first_host(nodes),
+        port=environment.get("MASTER_PORT") or _slurm_port(job, step),
         rank=int(environment["SLURM_PROCID"]),
         size=int(environment["SLURM_STEP_NUM_TASKS"]),
         local_rank=local_rank,
@@ -122,7 +124,7 @@ def _slurm_port(job: int, step: int) -> int:
     return 10_000 + (job + 997 * step) % 20_000
 
 
-def _variables(*, address: str, port: int, rank: int, size: int, local_rank: int) -> dict[str, str]:
+def _variables(*, address: str, port: str | int, rank: int, size: int, local_rank: int) -> dict[str, str]:
     """Nothing for a lone process, which forms no group."""
     if size == 1:
         return {}

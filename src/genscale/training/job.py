@@ -77,11 +77,18 @@ class Job:
     """One for each phase."""
     early_stopping: EarlyStopping | None
     progress: Progress = field(default_factory=Progress)
+    began: int = 0
+    """Steps done when this process began."""
 
     @property
     def leads(self) -> bool:
         """Whether this process writes what one process writes."""
         return self.world.rank == 0
+
+    @property
+    def measured_step(self) -> int | None:
+        """The step whose traffic is measured: the process's second, as the first one also sets things up."""
+        return self.began + 1 if self.world.size > 1 else None
 
     @property
     def dropout_offset(self) -> int:

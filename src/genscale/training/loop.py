@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from genscale.evaluation.held_out import held_out
+from genscale.parallel.traffic import Traffic, measured_traffic
 from genscale.runtime.errors import UserError
 from genscale.runtime.peak import measured_anew
 from genscale.runtime.world import from_rank_0
@@ -26,11 +27,20 @@ def run_steps(job: Job) -> None:
         step = progress.step
         meter.start()
         job.profile.begin(step)
-        measured, verdict = train_step(job, step)
+        if step == job.measured_step:
+            with measured_traffic(job.mesh.names_of_groups()) as traffic:
+                measured, verdict = train_step(job, step)
+            tell_traffic(job, traffic)
+        else:
+            measured, verdict = train_step(job, step)
         if verdict is Verdict.ROLLBACK:
             go_back(job)
             progress, saved = job.progress, job.progress.step
             continue
+        for outer in job.state.outer.values():
+            outer.after_step(step + 1)
+            if step + 1 == plan.steps:
+                outer.finish(step + 1)
         for average in job.state.averages.values():
             average.update(plan.batch)
         job.profile.end(step)
@@ -47,6 +57,14 @@ def run_steps(job: Job) -> None:
     if saved != progress.step:
         job.checkpoints.save(progress.step, job.state.saved_tensors(), job.facts())
     job.checkpoints.wait()
+
+
+def tell_traffic(job: Job, traffic: Traffic) -> None:
+    """What a step sent, in the run's facts and events."""
+    from_rank_0(lambda: job.run.record(traffic=traffic.facts()))
+    rows = ", ".join(f"{row.collective} along {row.axis} {row.bytes / 1e6:.3g} MB" for row in traffic.table()[:4])
+    waiting = "" if traffic.waiting is None else f"; {traffic.waiting:.0%} of the step was waiting"
+    job.event("traffic", f"a step sends {traffic.bytes / 1e6:.3g} MB from each process: {rows}{waiting}")
 
 
 def train_step(job: Job, step: int) -> tuple[dict[str, float], Verdict]:
@@ -106,15 +124,20 @@ def go_back(job: Job) -> None:
     job.event("rollback", f"went back to step {job.progress.step:,}")
 
 
+def whole_nowhere(job: Job) -> bool:
+    """Whether processes may have parts of the state that others do not."""
+    return job.recipe.layout.sharded or bool(job.state.outer)
+
+
 def restore(job: Job, which: int | Literal["last"] = "last") -> bool:
     """Load a checkpoint, by default the newest intact one; False when there is none yet."""
     if job.checkpoints.is_empty():
         return False
     try:
-        checkpoint = job.checkpoints.load(which, into=job.state.room_for if job.recipe.layout.sharded else None)
+        checkpoint = job.checkpoints.load(which, into=job.state.room_for if whole_nowhere(job) else None)
     except UserError as error:
         raise UserError(f"{error}; delete {job.checkpoints.folder} to begin anew") from None
-    job.state.load(checkpoint.tensors)
+    job.state.load(checkpoint.tensors, checkpoint.step)
     job.load_facts(checkpoint.facts)
     for warning in checkpoint.warnings:
         job.event("damaged_checkpoint", warning)

@@ -14,11 +14,13 @@ import torch
 from genscale.models.blocks import set_recompute
 from genscale.objectives.build import build_objective
 from genscale.objectives.objective import Objective
+from genscale.parallel.compression import HalfSum, PowerSGD
 from genscale.parallel.fit import fitted_sizes
+from genscale.parallel.gradients import Compressor, PlainSum
 from genscale.parallel.mesh import Mesh
 from genscale.parallel.parallelize import parallelize, without_data
 from genscale.recipe.dialect import read_yaml
-from genscale.recipe.layout import Axis
+from genscale.recipe.layout import Axis, Layout
 from genscale.recipe.load import differences, recipe_from_mapping, recipe_to_yaml
 from genscale.recipe.schema import Recipe
 from genscale.recipe.training import Trackers
@@ -207,10 +209,11 @@ def make_job(
         device,
         torch_dtype(precision) if precision != "fp32" else None,
         context=lambda: autocast(precision, device),
+        compressor=partial(_compressor, layout),
     )
     for module in objective.modules():
         module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
-    state = TrainingState(objective, recipe, plan.half_life, precision, placed)
+    state = TrainingState(objective, recipe, plan.half_life, precision, placed, mesh)
     if whole is not None:
         preview = partial(whole.preview, state, inputs.preview)
     else:
@@ -241,6 +244,12 @@ def make_job(
         early_stopping=EarlyStopping(stopping) if stopping else None,
         **watched,
     )
+
+
+def _compressor(layout: Layout) -> Compressor:
+    if layout.compression == "powersgd":
+        return PowerSGD(layout.compression_rank)
+    return HalfSum() if layout.compression == "bf16" else PlainSum()
 
 
 def _parameters(objective: Objective) -> dict[str, int]:
@@ -274,6 +283,7 @@ def begin(job: Job, inputs: Inputs) -> None:
             accumulate(job, phase, job.progress.step)
         clear(job)
 
+    job.began = job.progress.step
     steps_left = job.plan.steps - job.progress.step
     requested = _decided(job.run, job.recipe, "compile")
     by_block = job.recipe.layout.sharded or job.mesh.size("context") > 1
@@ -300,6 +310,8 @@ def finish(job: Job) -> None:
     progress = job.progress
     best = {"step": progress.best_step, "loss": progress.best_loss} if progress.best_step is not None else None
     facts: dict[str, Any] = {"best": best, "step": progress.step, "seconds": progress.seconds}
+    if job.state.outer:
+        facts["low_communication"] = {"bytes_sent": sum(outer.bytes_sent for outer in job.state.outer.values())}
     if not job.done:
         from_rank_0(lambda: job.run.record(status="interrupted", **facts))
         return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genscale.objectives.objective import Objective
+from genscale.parallel.mesh import Mesh
 from genscale.parallel.parallelize import Placed
 from genscale.parallel.shards import alike, leaves, local
 from genscale.recipe.schema import Recipe
@@ -16,6 +17,7 @@ from genscale.recipe.training import PowerAverage as PowerRecipe
 from genscale.runtime.errors import UserError
 from genscale.training.average import WeightAverage
 from genscale.training.checkpoint import Saved
+from genscale.training.low_communication import OuterOptimizer, by_group
 from genscale.training.optimizers import (
     build_optimizer,
     evaluation_weights,
@@ -31,6 +33,7 @@ class TrainingState:
 
     Args:
         placed: how the networks lie on the ranks; by default each is whole here.
+        mesh: the ranks.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class TrainingState:
         half_life: int | None,
         precision: str,
         placed: dict[str, Placed] | None = None,
+        mesh: Mesh | None = None,
     ):
         self.objective = objective
         self.networks = dict(objective.networks.items())
@@ -59,17 +63,40 @@ class TrainingState:
                 assert half_life is not None
                 self.averages[name] = WeightAverage(network, half_life)
         self.scaler = GradientScaler(precision)
+        self.mesh = mesh or Mesh.lone()
+        apart = recipe.training.low_communication
+        self.outer: dict[str, OuterOptimizer] = {}
+        for name, network in self.networks.items() if apart else ():
+            assert apart is not None
+            parameters: dict[str, Tensor] = dict(network.named_parameters())
+            self.outer[name] = OuterOptimizer(parameters, apart, self.mesh.group("group"))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of which this rank has a part, live, by a name that no layout changes."""
         flat: dict[str, Tensor] = {}
         for name, network in self.networks.items():
-            flat |= _prefixed(f"networks.{name}.", network.state_dict())
-            flat |= _prefixed(f"optimizers.{name}.", optimizer_state(self.optimizers[name], network, self.parts[name]))
+            weights = network.state_dict()
+            states = optimizer_state(self.optimizers[name], network, self.parts[name])
+            if name in self.outer:  # what groups share stands where weights always stand
+                own = {key: weights[key] for key in self.outer[name].shared}
+                flat |= self._of_groups(_prefixed(f"networks.{name}.", own) | _prefixed(f"optimizers.{name}.", states))
+                weights |= self.outer[name].shared
+                flat |= _prefixed(f"outer.{name}.", self.outer[name].tensors())
+            else:
+                flat |= _prefixed(f"optimizers.{name}.", states)
+            flat |= _prefixed(f"networks.{name}.", weights)
         for name, average in self.averages.items():
             flat |= _prefixed(f"averages.{name}.", average.state)
+        for name, placed in self.placed.items():
+            flat |= _prefixed(f"compression.{name}.", placed.gradients.compressor.state())
         flat |= _prefixed("controls.", controls(self.objective))
         return flat | _prefixed("scaler.", self.scaler.state())
+
+    def _of_groups(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What groups that train apart have each for itself."""
+        if self.mesh.size("group") == 1:
+            return _prefixed("groups.", {name: tensor[None] for name, tensor in tensors.items()})
+        return _prefixed("groups.", by_group(tensors, self.mesh.devices, "group"))
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """Those of :meth:`tensors` that this rank writes to a checkpoint: all but what another stage writes."""
@@ -88,25 +115,41 @@ class TrainingState:
         live = self.tensors()
         room = {name: tensor for name, tensor in live.items() if name in saved}
         for name, network in self.networks.items():
-            prefix = f"optimizers.{name}."
+            apart = "groups." if name in self.outer else ""
+            prefix = f"{apart}optimizers.{name}."
             parameters = dict(network.named_parameters())
+            states: dict[str, Tensor] = {}
             for key in saved:
-                if not key.startswith(prefix) or key in room:
+                if not key.startswith(prefix):
                     continue
                 dtype, shape = saved[key]
+                shape = shape[1:] if apart else shape
                 owner = parameters.get(key.removeprefix(prefix).rpartition(".")[0])
                 if owner is not None and owner.shape == shape:
-                    room[key] = alike(owner, torch.empty_like(local(owner), dtype=dtype))
+                    states[key.removeprefix(apart)] = alike(owner, torch.empty_like(local(owner), dtype=dtype))
                 elif owner is not None or key.startswith(f"{prefix}groups."):
-                    room[key] = torch.empty(shape, dtype=dtype)
+                    states[key.removeprefix(apart)] = torch.empty(shape, dtype=dtype)
+            room |= self._of_groups(states) if apart else states
+            remembered = [key for key in saved if key.startswith(f"compression.{name}.")]
+            room |= {key: torch.empty(saved[key][1], dtype=saved[key][0]) for key in remembered}
         return room
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what :meth:`tensors` gave; raises UserError when the tensors are another network's."""
+    def load(self, tensors: dict[str, Tensor], step: int = 0) -> None:
+        """Take over what :meth:`tensors` gave after ``step`` steps; raises UserError when the tensors are another
+        network's."""
         for name, network in self.networks.items():
-            load_network(network, under(tensors, f"networks.{name}."))
-            states = under(tensors, f"optimizers.{name}.")
+            weights, states = under(tensors, f"networks.{name}."), under(tensors, f"optimizers.{name}.")
+            if name in self.outer:
+                shared = {key: weights[key] for key in self.outer[name].shared}
+                self.outer[name].load(_prefixed("shared.", shared) | under(tensors, f"outer.{name}."), step)
+                parameters = dict(network.named_parameters())
+                own = under(tensors, f"groups.networks.{name}.")
+                weights |= {key: alike(parameters[key], local(tensor)[0]) for key, tensor in own.items()}
+                states = {key: local(t)[0] for key, t in under(tensors, f"groups.optimizers.{name}.").items()}
+            load_network(network, weights)
             load_optimizer_state(self.optimizers[name], network, states, self.parts[name])
+            if name in self.placed:
+                self.placed[name].gradients.compressor.load(under(tensors, f"compression.{name}."))
         for name, average in self.averages.items():
             average.load(under(tensors, f"averages.{name}."))
         load_controls(self.objective, tensors)
@@ -114,8 +157,11 @@ class TrainingState:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Within, the networks hold the weights to be judged: the averages, or what the optimizer says."""
+        """Within, the networks hold the weights to be judged: the averages, or what the optimizer says, or the groups
+        share."""
         with ExitStack() as stack:
+            for outer in self.outer.values():
+                stack.enter_context(outer.shared_weights())
             for name, optimizer in self.optimizers.items():
                 stack.enter_context(evaluation_weights(optimizer))
                 if name in self.averages:

@@ -17,6 +17,7 @@ from genscale.parallel import fsdp
 from genscale.parallel.mesh import DATA, SUMMED
 from genscale.parallel.parallelize import Placed
 from genscale.parallel.shards import local
+from genscale.recipe.layout import AXES
 from genscale.runtime.randomness import Rng
 from genscale.runtime.world import all_reduce_sum
 from genscale.training.job import Job
@@ -42,7 +43,7 @@ def accumulate(job: Job, phase: Phase, step: int) -> dict[str, float]:
     job.watch.at(step, f"{phase.name}, weights", together=True)
     job.mesh.sum([weight], *DATA)
     begun = time.perf_counter()
-    begin_step(placed.network, job.state.scaler.factor / job.plan.batch)
+    begin_step(placed.network, job.state.scaler.factor * job.mesh.size("group") / job.plan.batch)
     rngs = [Rng(job.recipe.seed, step, phase.name, batch.positions) for batch in batches]
     if placed.pipeline is not None:
         losses = _through_pipeline(job, placed, batches, rngs, weight)
@@ -131,13 +132,13 @@ def _measured(job: Job, placed: Placed, losses: Sequence[Loss]) -> dict[str, flo
     gradients = {name: local(p.grad) for name, p in placed.network.named_parameters() if p.grad is not None}
     job.state.scaler.unscale(list(gradients.values()))
     table = torch.stack(list(sums.values())) / job.mesh.size("tensor")  # (metrics, 2); its ranks have the same
-    if placed.split:
-        squares = [(norm.double().square() / placed.copies[name]) for name, norm in _norms(gradients)]
-        table = torch.cat([table, torch.stack([sum(squares), torch.ones(())]).to(table)[None]])
     all_reduce_sum([table], job.world)
     means = table[:, 0] / table[:, 1]
     if placed.split:
-        means, norm = means[:-1], table[-1, 0].sqrt()
+        squares = [norm.double().square() / placed.copies[name] for name, norm in _norms(gradients)]
+        norm = torch.stack(squares).sum()
+        job.mesh.sum([norm], *(axis for axis in AXES if axis != "group"))
+        norm = norm.sqrt().to(table)
     else:
         norm = torch.nn.utils.get_total_norm(gradients.values())
     names = [*sums]
@@ -146,8 +147,9 @@ def _measured(job: Job, placed: Placed, losses: Sequence[Loss]) -> dict[str, flo
         job.mesh.sum([placed.loads], *SUMMED)
         names.append("busiest_expert")
         means = torch.cat([means, busiest_expert(placed.loads).reshape(1).to(means)])
-    *values, gradient_norm = torch.cat([means, norm.reshape(1)]).tolist()  # the step's one wait
-    return dict(zip(names, values, strict=True)) | {"gradient_norm": gradient_norm}
+    *values, placed.norm = torch.cat([means, norm.reshape(1)]).tolist()  # the step's one wait
+    largest = placed.norm if job.mesh.size("group") == 1 else job.mesh.largest(placed.norm, "group")
+    return dict(zip(names, values, strict=True)) | {"gradient_norm": largest}
 
 
 def _norms(gradients: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
@@ -186,6 +188,8 @@ def apply(job: Job, phase: Phase, step: int, gradient_norm: float) -> None:
     parts = {name: part for name, part in job.state.parts[phase.trains].items() if parameters[name].grad is not None}
     gradients = [local(cast(Tensor, parameters[name].grad)) for name in parts]
     limit = job.recipe.training.gradient_clip
+    if job.mesh.size("group") > 1:
+        gradient_norm = placed.norm
     if limit is not None and gradient_norm > limit:
         torch._foreach_mul_(gradients, limit / gradient_norm)
     for part, gradient in zip(parts.values(), gradients, strict=True):
