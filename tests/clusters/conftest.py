@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -120,15 +119,25 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             wait_until(nodes_are_idle, f"two idle nodes (see {folder})", 30)
             yield folder
         finally:
-            subprocess.run(["scancel", "--user", getpass.getuser(), "--signal=KILL", "--full"], capture_output=True)
+            if len(started) == len(commands):
+                end_jobs()
             for process in reversed(started):
-                process.send_signal(signal.SIGTERM)
+                process.terminate()
             for process in reversed(started):
                 try:
                     process.wait(10)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()
+
+
+def end_jobs() -> None:
+    """What a failed test has left; a job outlives the daemons."""
+    subprocess.run(["scancel", "--quiet", "--user", getpass.getuser(), "--state", "PENDING"], capture_output=True)
+    subprocess.run(["scancel", "--user", getpass.getuser(), "--signal", "KILL", "--full"], capture_output=True)
+    deadline = time.monotonic() + 15
+    while subprocess.run(["squeue", "--noheader"], capture_output=True).stdout and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def nodes_are_idle() -> bool:

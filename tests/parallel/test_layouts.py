@@ -41,12 +41,21 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "FSDP+EP": {"shard": 2, "expert": 2},
     "EP+TP": {"expert": 2, "tensor": 2},
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "FSDP2 offloaded": {"shard": 2, "offload": True},
+    "FSDP2 selectively recomputed": {"shard": 2, "recompute": "selective"},
+    "TP recomputed": {"tensor": 2, "recompute": "full"},
+    "CP recomputed": {"context": 2, "recompute": "full"},
+}
+FEW = {name: STACKED[name] for name in ("TP+SP", "PP 1f1b", "CP ring", "CP all-gather")}
 
 TEXT = {"model.layers": 4, "model.heads": 4, "model.key_value_heads": 2, "model.within_documents": True}
 MIXTURE = {**TEXT, "model.mixture": {"experts": 4, "active": 2, "shared": 1, "z_loss": 1e-3}}
 TRANSFORMER = {"kind": "diffusion_transformer", "layers": 4, "width": 32, "heads": 4, "patch": 2}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "text": ("causal", TEXT, WHOLE | STACKED),
+    "text": ("causal", TEXT, WHOLE | STACKED | OPTIONS),
+    "masked text": ("masked", TEXT, FEW),
+    "infilled text": ("infill", {**TEXT, "model.within_documents": False, "objective.form": "spans"}, FEW),
     "text with experts": ("causal", MIXTURE, WHOLE | STACKED | EXPERTS),
     "diffusion transformer": ("flow", {"model": TRANSFORMER}, WHOLE | STACKED),
     "GAN": ("adversarial", {"objective.augmentation": {"flip": True, "translate": 0.2}}, WHOLE),

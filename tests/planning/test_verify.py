@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from genscale.cli.main import main
-from genscale.planning.compare import compare
-from genscale.planning.trace import Trace
-from genscale.planning.verify import laid_out, record, verify
 from genscale.recipe.load import recipe_to_yaml
 from genscale.recipe.schema import Recipe
-from genscale.runtime.errors import UserError
 
 MakeRecipe = Callable[..., Recipe]
 

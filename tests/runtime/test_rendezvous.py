@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from ranks import free_port
+from small import recipe, small_store
 
+from genscale.recipe.load import recipe_to_yaml
+from genscale.recipe.schema import Recipe
+from genscale.runs.run import Run
 from genscale.runtime.errors import UserError
 from genscale.runtime.rendezvous import first_host, rendezvous
+
+__all__ = ["recipe", "small_store"]
 
 
 def tf_config(kind: str, index: int, **cluster: list[str]) -> dict[str, str]:
@@ -151,3 +163,36 @@ def test_the_first_host_of_a_node_list(nodes, first):
 def test_an_empty_node_list():
     with pytest.raises(UserError, match="expected names such as"):
         first_host("")
+
+
+@pytest.mark.slow
+def test_two_processes_that_tf_config_describes_train_one_model(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(recipe_to_yaml(recipe(**{"training.budget": "2 steps", "layout.micro_batch": 4})))
+    cluster = [f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"]
+    command = [sys.executable, "-m", "genscale", "train", str(file)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **tf_config("worker", index, worker=cluster)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    printed = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert ["2 steps, best validation loss" in text for text in printed] == [True, False]
+    assert Run.open(tmp_path / "run").facts["ranks"] == 2
+
+
+def test_a_wrong_tf_config_ends_the_command_with_one_line(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(recipe_to_yaml(recipe()))
+    command = [sys.executable, "-m", "genscale", "train", str(file)]
+    environment = {**os.environ, **tf_config("ps", 0, worker=["a:1"], ps=["b:1"])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    line = "error: TF_CONFIG: genscale trains without parameter servers; start it on chief and workers only\n"
+    assert done.stderr == line

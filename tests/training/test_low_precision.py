@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from genscale.models.feed_forward import FeedForward
 from genscale.models.transformer import Transformer
 from genscale.recipe.model import TransformerModel
+from genscale.runtime.device import has_fp8_products
 from genscale.runtime.errors import UserError
 from genscale.training import low_precision
-from genscale.runtime.device import has_fp8_products
 from genscale.training.low_precision import use_fp8
 
 CPU = torch.device("cpu")

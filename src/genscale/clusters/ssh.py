@@ -65,19 +65,28 @@ class Hosts:
     """Where the processes meet; below the range that kernels hand out."""
     folder: str = field(default_factory=os.getcwd)
 
+    def torchrun(self, index: int) -> list[str]:
+        """How torchrun is started on one host, without what it runs."""
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={len(self.names)}",
+            f"--node-rank={index}",
+            f"--nproc-per-node={self.processes_per_node}",
+            f"--master-addr={self.names[0].rpartition('@')[2]}",
+            f"--master-port={self.port}",
+        ]
+
     def command(self, index: int, words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
         """The ssh command of one host; ``words`` are what torchrun runs."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        torchrun += [f"--nnodes={len(self.names)}", f"--node-rank={index}"]
-        torchrun += [f"--nproc-per-node={self.processes_per_node}"]
-        torchrun += [f"--master-addr={self.names[0].rpartition('@')[2]}", f"--master-port={self.port}"]
         forwarded = {
             name: value
             for name, value in sorted(environment.items())
             if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES)
         } | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE)}
         settings = [f"{name}={value}" for name, value in forwarded.items()]
-        supervised = shlex.join(["env", *settings, "sh", "-c", _SUPERVISE, "sh", *torchrun, *words])
+        supervised = shlex.join(["env", *settings, "sh", "-c", _SUPERVISE, "sh", *self.torchrun(index), *words])
         # No terminal, and no question that nobody would answer.
         return ["ssh", "-T", "-o", "BatchMode=yes", self.names[index], f"cd {shlex.quote(self.folder)} && {supervised}"]
 

@@ -37,6 +37,7 @@ from genscale.training.plan import Plan, make_plan
 
 _SAME_ON_BOTH = ("device", "micro_batch")
 """What a layout says that is decided for both together."""
+_AXES = tuple(axis for axis in AXES if axis in Layout.model_fields)
 
 
 def laid_out(recipe: Recipe, layout: str, option: str = "layout", keeps: Collection[str] = ()) -> Recipe:
@@ -56,10 +57,11 @@ def laid_out(recipe: Recipe, layout: str, option: str = "layout", keeps: Collect
     plain = Layout().model_dump(mode="json")
     base = mapping["layout"]
     same = {name: base[name] for name in (*_SAME_ON_BOTH, *keeps)}
-    base |= dict.fromkeys(AXES, 1)
+    base |= dict.fromkeys(_AXES, 1)
     if layout == "single":
         base = plain | {"replicate": 1}
     mapping["layout"] = base | {"precision": "fp32", "compile": False} | same | _named_in(layout, option)
+    mapping["training"]["low_communication"] = None  # groups that train apart learn something else
     laid = recipe_from_mapping(mapping, f"{option} '{layout}'")
     fitted_sizes(laid, processes(laid))
     return laid
@@ -74,7 +76,7 @@ def _named_in(layout: str, option: str) -> dict[str, Any]:
             hint = nearest(part.strip(), ["single"]) or "expected axes such as tensor=2,shard=2, or single"
             raise UserError(f"{option} '{layout}': {hint.removeprefix(', ')}")
         if name not in known:
-            hint = nearest(name, known) or f"; the axes are {', '.join(AXES)}"
+            hint = nearest(name, known) or f"; the axes are {', '.join(_AXES)}"
             raise UserError(f"{option} '{layout}': no axis '{name}'{hint}")
         named[name] = read_yaml(text, f"{option} '{layout}'")[0]
     return named
@@ -86,7 +88,7 @@ def processes(recipe: Recipe) -> int:
 
 
 def _sizes(recipe: Recipe) -> dict[Axis, int]:
-    sizes: dict[Axis, Any] = {axis: getattr(recipe.layout, axis) for axis in AXES}
+    sizes: dict[Axis, Any] = {axis: getattr(recipe.layout, axis) for axis in _AXES}
     return {axis: 1 if size == "auto" else size for axis, size in sizes.items()}
 
 

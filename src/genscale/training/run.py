@@ -33,6 +33,7 @@ from genscale.runtime.errors import UserError
 from genscale.runtime.memory import explained_memory
 from genscale.runtime.peak import matmul_peak
 from genscale.runtime.progress import TrainingDisplay
+from genscale.runtime.rendezvous import meet
 from genscale.runtime.stragglers import StragglerWatch
 from genscale.runtime.watch import Watch, watching
 from genscale.runtime.world import World, current_world, from_rank_0, join_world
@@ -75,6 +76,7 @@ def train(recipe: Recipe, *, show_progress: bool | None = None) -> Run:
     device = pick_device(recipe.layout.device)
     if device.type == "cpu":
         keep_freed_memory()
+    meet()
     sizes = layout_sizes(recipe)
     flight = Path(recipe.run_directory) / "flight"
     join_world(device, flight)
