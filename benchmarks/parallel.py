@@ -162,17 +162,21 @@ class Rounds:
         self.loads: list[float] = []
 
     def run(self, repeats: int, measure: Callable[[Contender], dict[str, Any]]) -> None:
+        """All rounds; after Ctrl-C those contenders that had their turn."""
         for number in range(repeats):
             for contender, figures in self.figures.items():
                 if contender in self.failed:
                     continue
-                print(f"round {number + 1}: {contender.layout}, {contender.who}", file=sys.stderr)
                 self.loads.append(os.getloadavg()[0])
                 try:
                     figures.append(measure(contender))
+                    told = ", ".join(f"{key} {figures[-1][key]:,.0f}" for key in ("per_second", "per_cpu_second"))
                 except RuntimeError as error:
                     self.failed[contender] = str(error)
-                    print(f"failed: {error}", file=sys.stderr)
+                    told = f"failed: {error}"
+                except KeyboardInterrupt:
+                    return
+                print(f"round {number + 1}: {contender.layout}, {contender.who}: {told}", file=sys.stderr)
 
     def median(self, contender: Contender, key: str) -> float:
         return statistics.median(each[key] for each in self.figures[contender])
@@ -194,13 +198,23 @@ def shown(ratio: float | None) -> str:
 
 def print_cpu_table(rounds: Rounds, title: str) -> None:
     base = rounds.find(BASE)
-    columns = ("", "tokens/s", f"to {BASE}", "genscale to it", "per CPU-second", "genscale to it", "memory of a rank, MB")
+    columns = (
+        "",
+        "tokens/s",
+        f"to {BASE}",
+        "genscale to it",
+        "per CPU-second",
+        "genscale to it",
+        "memory of a rank, MB",
+    )
     print(f"| {title} | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for contender in rounds.figures:
         start = f"| {contender.layout} | {contender.who} |"
         if contender in rounds.failed:
             print(start, f"does not run: {rounds.failed[contender].splitlines()[-1][:120]} | | | | | |")
+            continue
+        if not rounds.figures[contender]:
             continue
         of_layout = None if contender.ours else rounds.find(contender.layout)
         cells = [
@@ -212,16 +226,23 @@ def print_cpu_table(rounds: Rounds, title: str) -> None:
             f"{rounds.median(contender, 'peak_memory_mb'):,.0f}",
         ]
         print(start, " | ".join(cells), "|")
-    print(f"\nLoad of the machine while it ran: {min(rounds.loads):.1f} to {max(rounds.loads):.1f} on {os.cpu_count()} cores.")
+    least, most = min(rounds.loads), max(rounds.loads)
+    done = max(map(len, rounds.figures.values()))
+    print(f"\n{done} rounds; load of the machine while they ran: {least:.1f} to {most:.1f} on {os.cpu_count()} cores.")
 
 
 def goals(rounds: Rounds) -> Iterator[tuple[str, float, float]]:
     """(goal, ratio that was found, ratio that is wanted)."""
     base, copies, shards = (rounds.find(layout) for layout in (BASE, "replicate=2", "shard=2"))
-    wanted = [(f"replicate=2 at least 0.9 of {BASE}", copies, base, 0.9), ("shard=2 within 10 % of replicate=2", shards, copies, 0.9)]
-    for peer in rounds.figures:
-        if not peer.ours:
-            wanted.append((f"{peer.layout}: not slower than {peer.who}", rounds.find(peer.layout), peer, 1.0))
+    wanted = [
+        (f"replicate=2 at least 0.9 of {BASE}", copies, base, 0.9),
+        ("shard=2 within 10 % of replicate=2", shards, copies, 0.9),
+    ]
+    wanted += [
+        (f"{peer.layout}: not slower than {peer.who}", rounds.find(peer.layout), peer, 1.0)
+        for peer in rounds.figures
+        if not peer.ours
+    ]
     for goal, one, other, least in wanted:
         found = one and other and rounds.ratio(one, other)
         if found:
@@ -249,7 +270,11 @@ def measure_gpus(options: argparse.Namespace, gpus: int) -> None:
     way = "alone" if gpus == 1 else "shard"
     precisions = ["bf16"] + ["fp8"] * bool(importlib.util.find_spec("torchao"))
     columns = ("precision", "", "tokens/s", "genscale to it", "utilisation", "memory of a rank, MB", *CATEGORIES)
-    print(f"| {gpus} GPU{'s' * (gpus > 1)}, {'=' .join(map(str, *how.items()))}; kernels in ms a step | " + " | ".join(columns) + " |")
+    print(
+        f"| {gpus} GPU{'s' * (gpus > 1)}, {'='.join(map(str, *how.items()))}; kernels in ms a step | "
+        + " | ".join(columns)
+        + " |"
+    )
     print("|---" * (len(columns) + 1) + "|")
     for shape in options.gpu_shapes:
         settings = SHAPES[shape]
@@ -258,7 +283,9 @@ def measure_gpus(options: argparse.Namespace, gpus: int) -> None:
             prepare_store(options.text, settings.vocabulary, folder)
             for precision in precisions:
                 contenders = [
-                    Contender(shape, "genscale", "parallel_genscale.py", json.dumps(how), gpus, 8, ("compile", "profile"))
+                    Contender(
+                        shape, "genscale", "parallel_genscale.py", json.dumps(how), gpus, 8, ("compile", "profile")
+                    )
                 ]
                 if precision == "bf16":
                     contenders.append(
@@ -281,7 +308,9 @@ def gpu_row(
 ) -> str:
     start = f"| {contender.layout} | {precision} | {contender.who} |"
     if contender in rounds.failed:
-        return f"{start} does not run: {rounds.failed[contender].splitlines()[-1][:120]} |" + " |" * (3 + len(categories))
+        return f"{start} does not run: {rounds.failed[contender].splitlines()[-1][:120]} |" + " |" * (
+            3 + len(categories)
+        )
     per_second = rounds.median(contender, "per_second")
     counted = rounds.figures[first][-1] if rounds.figures[first] else None  # genscale counts the model's work
     used = per_second / context * counted["flops"] / gpus / counted["peak"] if counted else None
@@ -327,7 +356,7 @@ def main() -> None:
         measure_gpus(options, torch.cuda.device_count())
         return
     contenders = [
-        each._replace(options=("profile",)) if options.profile and "milliseconds" not in each.who else each
+        each._replace(options=("profile",) if options.profile else ())
         for each in ON_CPU
         if not options.only or any(word in f"{each.layout} {each.who}" for word in options.only)
     ]
@@ -347,7 +376,11 @@ def main() -> None:
 
 def print_categories(rounds: Rounds) -> None:
     """Milliseconds of the first rank in a step, by category, of the contenders that measured them."""
-    measured = {each: rounds.figures[each][-1]["milliseconds"] for each in rounds.figures if each not in rounds.failed and "milliseconds" in rounds.figures[each][-1]}
+    measured = {
+        each: rounds.figures[each][-1]["milliseconds"]
+        for each in rounds.figures
+        if each not in rounds.failed and "milliseconds" in rounds.figures[each][-1]
+    }
     kinds = list(next(iter(measured.values()), {}))
     print("\n| ms a step | | " + " | ".join(kinds) + " |\n|---|---" + "|---" * len(kinds) + "|")
     for each, spent in measured.items():

@@ -11,10 +11,10 @@ from torch.profiler import profile
 
 # The first pattern that is found in the name of a kernel, or of an operator on a CPU, decides.
 _CATEGORIES = {
-    "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|broadcast_coalesced|wait_tensor",
+    "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|broadcast_co|wait_tensor",
     "attention": r"attention|flash|fmha|sdpa",
     "optimizer": r"adam|multi_tensor_apply|_foreach_|lerp",
-    "matrix products": r"gemm|cutlass|nvjet|cublas|xmma|wgmma|sm\d\d_|scaled_mm|(^|::|_)(b|add|badd)?mm\b|matmul|linear",
+    "matrix products": r"gemm|cutlass|nvjet|cublas|xmma|wgmma|sm\d\d_|(^|::|_)(b|add|badd)?mm\b|matmul|linear",
     "norms and elementwise": (
         r"norm|elementwise|vectorized|reduce|softmax|gelu|nll|cross_entropy|embedding|copy|cat|fill|zero|triton"
         r"|add|mul|div|sum|sub|sqrt|index|memcpy|memset"

@@ -45,6 +45,12 @@ def main() -> None:
     figures = Figures(shape.tokens)
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **others):
+            wrapped = {type(module).__name__ for module in trainer.model_wrapped.modules()}
+            expected = "FSDPGPT2Block" if how == "shard" else "DistributedDataParallel"
+            if RANKS > 1 and expected not in wrapped:
+                raise SystemExit(f"the Trainer goes on without what was asked for: there is no {expected} in its model")
+
         def on_step_end(self, args, state, control, **others):
             figures.step(float("nan"))
 
@@ -70,10 +76,6 @@ def main() -> None:
     )
     trainer = Trainer(model=model, args=settings, train_dataset=Windows(), callbacks=[Watch()])
     trainer.train()
-    wrapped = [type(module).__name__ for module in trainer.model_wrapped.modules()]
-    expected = "FSDPGPT2Block" if how == "shard" else "DistributedDataParallel"
-    if RANKS > 1 and expected not in wrapped:
-        raise SystemExit(f"not what was asked for: no {expected} in the model that the Trainer trained")
     report(figures, steps)
 
 

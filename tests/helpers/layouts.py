@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ranks import Ranks
@@ -57,4 +57,11 @@ def gradient_norms(run: Run) -> list[float]:
     return [value for record in run.metrics() for name, value in record.items() if name.endswith("gradient_norm")]
 
 
-Layout = dict[str, Any]
+def back_at_step_10(run: Run, copy: Path) -> None:
+    """A copy of a finished run as it was when it had its checkpoint of step 10 and no later one."""
+    shutil.copytree(run.directory, copy, ignore=shutil.ignore_patterns("lock", "weights"))
+    for later in (copy / "checkpoints").glob("step-*"):
+        if int(later.name.removeprefix("step-")) > 10:
+            shutil.rmtree(later)
+    facts = json.loads((copy / "facts.json").read_text())
+    (copy / "facts.json").write_text(json.dumps(facts | {"status": "running"}))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import assert_same_curve, train_all
+from layouts import assert_same_curve, back_at_step_10, train_all
 
 from genscale.recipe.schema import Recipe
 from genscale.runs.run import Run
@@ -53,16 +51,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, dict[str, Any]]
         {name: LAYOUTS[name] for name in ("single", "replicate", "shard")},
     ),
 }
-
-
-def back_at_step_10(run: Run, copy: Path) -> None:
-    """A copy of a finished run as it was when it had its checkpoint of step 10 and no later one."""
-    shutil.copytree(run.directory, copy, ignore=shutil.ignore_patterns("lock", "weights"))
-    for later in (copy / "checkpoints").glob("step-*"):
-        if int(later.name.removeprefix("step-")) > 10:
-            shutil.rmtree(later)
-    facts = json.loads((copy / "facts.json").read_text())
-    (copy / "facts.json").write_text(json.dumps(facts | {"status": "running"}))
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import assert_same_curve, curve, train_all
-from test_checkpoint_layouts import back_at_step_10
+from layouts import assert_same_curve, back_at_step_10, curve, train_all
 
 from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError

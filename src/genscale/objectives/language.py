@@ -97,6 +97,7 @@ class _Language(Denoising):
 
     shape: TransformerModel
     options: TextObjective
+    takes_parts = True  # the loss of a token is taken where the token is
     vocabulary: int
     """The tokenizer's number of tokens."""
     known: int | None = None

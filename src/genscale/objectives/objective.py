@@ -138,6 +138,8 @@ class Denoising(Objective):
         """This process's part of the loss of an answer: all of it, unless a sequence is shared by several."""
         return self.criterion(answer, targets, training).times(1 / self.sharers)
 
+    takes_parts = False
+    """Whether :meth:`scored` can do with the part of each sequence that this process has; else the parts are joined."""
     sharers = 1
     """Processes that share each sequence, of which this is number ``share``."""
     share = 0

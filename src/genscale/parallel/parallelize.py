@@ -126,7 +126,7 @@ def _place(
     region = Region(mesh.along("tensor"), layout.sequence) if mesh.size("tensor") > 1 else None
     if mesh.size("context") > 1:
         for view, first, last in views:
-            joins = not isinstance(view, Transformer)  # the loss of a token is taken where the token is
+            joins = not (isinstance(objective, Denoising) and objective.takes_parts)
             split_context(view.blocks, mesh, layout.attention, first=first, last=last and joins)
         if isinstance(objective, Denoising):
             objective.split_over(mesh.rank("context"), mesh.size("context"))

@@ -11,6 +11,7 @@ Two things are rounding and no fault, and are allowed for:
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -94,8 +95,9 @@ class Comparison:
 
     @property
     def as_json(self) -> dict[str, Any]:
+        """What is no finite number is null."""
         worst = {kind: each._asdict() for kind, each in self.worst.items()}
-        return asdict(self) | {"agrees": self.agrees, "worst": worst}
+        return _finite(asdict(self) | {"agrees": self.agrees, "worst": worst})
 
     def __str__(self) -> str:
         if self.difference is not None:
@@ -257,6 +259,14 @@ class _Both:
     def _found(self, place: Difference, **values: Any) -> None:
         told = {name: value for name, value in vars(place).items() if value is not None}
         self._comparison.difference = Difference(**(told | values))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(phase: str) -> str:
