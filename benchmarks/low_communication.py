@@ -24,8 +24,11 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "bfloat16 gradients": ("layout.compression=bf16",),
     "PowerSGD, rank 4": ("layout.compression=powersgd", "layout.compression_rank=4"),
     "every 50 steps": ("training.low_communication={every: 50}",),
-    "every 14 steps, 8 bits": (
-        "training.low_communication={every: 14, bits: 8, outer_learning_rate: 1.0, outer_momentum: 0.5}",
+    "every 15 steps, 8 bits": (
+        "training.low_communication={every: 15, bits: 8, outer_learning_rate: 1.0, outer_momentum: 0.3}",
+    ),
+    "every 15 steps, 8 bits, plain mean": (
+        "training.low_communication={every: 15, bits: 8, outer_learning_rate: 1.0, outer_momentum: 0.0}",
     ),
     "every 8 steps, 4 bits": (
         "training.low_communication={every: 8, bits: 4, outer_learning_rate: 1.0, outer_momentum: 0.3}",
@@ -38,9 +41,9 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 """The overrides of the recipe."""
 
 
-def train(overrides: tuple[str, ...], run: Path, store: Path, budget: str | None, processes: int) -> Run:
+def train(overrides: tuple[str, ...], run: Path, store: Path, processes: int) -> Run:
     """By the command line, as a user would."""
-    where = [f"run={run}", f"data.store={store}", *([f"training.budget={budget}"] if budget else [])]
+    where = [f"run={run}", f"data.store={store}"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, "-m", "genscale", "train", "demo", *where, *overrides, "--json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={"OMP_NUM_THREADS": "1", **os.environ})
@@ -61,7 +64,7 @@ def measured(run: Run) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="for runs and the store; finished runs are kept")
-    parser.add_argument("--budget", help="instead of the recipe's, such as '400k tokens'")
+    parser.add_argument("--set", nargs="+", default=[], help="overrides for all, such as training.budget='400k tokens'")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), help="besides data parallelism")
     parser.add_argument("--json", action="store_true")
@@ -72,7 +75,7 @@ def main() -> None:
         if name in chosen:
             run = arguments.folder / f"run-{number}"
             found[name] = measured(
-                train(CANDIDATES[name], run, arguments.folder / "store", arguments.budget, arguments.processes)
+                train((*arguments.set, *CANDIDATES[name]), run, arguments.folder / "store", arguments.processes)
             )
             print(f"{name}: {found[name]}", file=sys.stderr)
     if arguments.json:

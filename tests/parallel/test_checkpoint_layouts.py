@@ -78,3 +78,26 @@ def test_saved_on_any_layout_loaded_on_any_other(recipe_of: MakeRecipe, tmp_path
     for name, run in all_of(moved).items():
         assert any(event["kind"] == "resume" for event in run.events()), name
         assert_same_curve(run, saved["single"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_of_a_damaged_shard_the_checkpoint_before_it_is_used_by_all_ranks(
+    recipe_of: MakeRecipe, tmp_path: Path, damage: str
+) -> None:
+    settings = {**SETTINGS, **TEXT, "training.checkpoints": {"every": "5 steps", "keep_last": 9}, "layout.shard": 2}
+    first = train_all({"first": recipe_of("causal", **settings, run=str(tmp_path / "first"))}, 2, tmp_path)["first"]
+    back_at_step_10(first, tmp_path / "again")
+    shard = tmp_path / "again" / "checkpoints" / "step-00000010" / "rank-00001.safetensors"
+    if damage == "missing":
+        shard.unlink()
+    else:
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 1
+        shard.write_bytes(content)
+    again = train_all({"again": recipe_of("causal", **settings, run=str(tmp_path / "again"))}, 2, tmp_path)["again"]
+    [told] = [event["message"] for event in again.events() if event["kind"] == "damaged_checkpoint"]
+    assert "step-00000010 is damaged" in told
+    assert "rank-00001.safetensors" in told
+    assert any("going on from step 5 of 20" in event["message"] for event in again.events())
+    assert_same_curve(again, first, rel=0)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from genscale.parallel.shards import local, whole
 from genscale.recipe.low_communication import LowCommunication
 from genscale.training.checkpoint import CheckpointStore
-from genscale.training.low_communication import OuterOptimizer, by_group, fragments_of, own_part
+from genscale.training.low_communication import OuterOptimizer, by_group, fragments_of
 
 RANKS, GROUPS = 4, 2
 ONE_RANK = "import runpy; runpy.run_path({file!r})['run_rank']({folder!r})"
@@ -176,12 +176,6 @@ def test_an_exchange_at_the_end_is_not_made_twice() -> None:
     assert all(torch.equal(outer.shared[name], shared) for name, shared in before.items())
 
 
-def test_what_groups_have_of_their_own_becomes_its_mean_on_another_number_of_groups() -> None:
-    stacked = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    assert own_part(stacked, 1, 2).tolist() == [3, 6]
-    assert own_part(stacked, 0, 3).tolist() == [2, 4]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -292,7 +286,7 @@ def a_checkpoint_anywhere_holds_every_group(mesh: DeviceMesh, folder: Path) -> N
     everyone: list[Tensor] = [torch.empty(0)] * RANKS
     distributed.all_gather_object(everyone, whole(here["head.weight"]))
     for rank, own in enumerate(everyone):
-        assert torch.equal(own_part(read["groups.head.weight"], rank // 2, GROUPS), own)
+        assert torch.equal(read["groups.head.weight"][rank // 2], own)
 
 
 CASES: list[Callable[..., None]] = [

@@ -86,14 +86,10 @@ class Mesh:
         assert self._grid is not None
         return self._grid
 
-    def names_of_groups(self) -> dict[frozenset[int], str]:
-        """The groups of ranks that this one is in, by their global ranks: the axes that they lie along."""
-        names: dict[frozenset[int], str] = {}
-        for axis in self._named:
-            names[frozenset(distributed.get_process_group_ranks(self.group(axis)))] = axis
-        for axes, mesh in self._flat.items():
-            names.setdefault(frozenset(distributed.get_process_group_ranks(mesh.get_group())), " x ".join(axes))
-        return names
+    @property
+    def meshes(self) -> list[DeviceMesh]:
+        """All ranks, and the axes that were taken together so far."""
+        return [] if self._grid is None else [self._grid, *self._flat.values()]
 
     @property
     def data(self) -> World:

@@ -184,19 +184,15 @@ class Activations:
             for block in fsdp.units(network):
                 split = job.mesh.size("context", "tensor") > 1 and any(block is each for each in stack)
                 block.register_forward_hook(partial(keep, f"networks.{name}.{paths[block]}", split))
-            for stage in self._stages(job, name):
-                stage.register_forward_pre_hook(partial(self._begin_stage, job), with_kwargs=True)
+            pipeline = job.state.placed[name].pipeline
+            for number, stage in pipeline.stages.items() if pipeline is not None else ():
+                stage.register_forward_pre_hook(partial(self._begin_stage, job, number), with_kwargs=True)
         self._watch_micro_batches(job)
 
     def taken(self) -> dict[str, Tensor]:
         """What blocks gave since the last time, by :class:`Call` as text."""
         outputs, self._outputs = self._outputs, {}
         return outputs
-
-    @staticmethod
-    def _stages(job: Job, network: str) -> list[nn.Module]:
-        pipeline = job.state.placed[network].pipeline
-        return [] if pipeline is None else list(pipeline.stages.values())
 
     def _watch_micro_batches(self, job: Job) -> None:
         loss = job.objective.loss
@@ -207,9 +203,11 @@ class Activations:
 
         job.objective.loss = watched  # type: ignore[method-assign]
 
-    def _begin_stage(self, job: Job, stage: Any, told: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _begin_stage(
+        self, job: Job, number: int, stage: nn.Module, told: tuple[Any, ...], named: dict[str, Any]
+    ) -> None:
         slices, _ = own_slices(job)
-        self._begin(slices[int(named["number"])][0], stage.number)
+        self._begin(slices[int(named["number"])][0], number)
 
     def _begin(self, position: int, stage: int) -> None:
         self._position, self._stage, self._order = position, stage, 0

@@ -195,7 +195,8 @@ def _titles(*recipes: Recipe) -> list[str]:
     plain = Layout(replicate=1).model_dump(mode="json")
     titles = []
     for recipe in recipes:
-        layout = recipe.layout.model_dump(mode="json") | _sizes(recipe)
+        sizes: dict[str, Any] = {**_sizes(recipe)}
+        layout = sizes | recipe.layout.model_dump(mode="json") | sizes  # the axes first
         named = [
             f"{name}={str(value).lower()}"
             for name, value in layout.items()

@@ -72,6 +72,10 @@ class Layout(Part):
             raise ValueError("schedule 'zero_bubble' goes back through a block twice; it needs recompute: none")
         if self.compression != "none" and self.shard > 1:
             raise ValueError(f"compression '{self.compression}' is for whole gradients; it needs shard: 1")
+        if self.compression == "powersgd" and self.precision == "fp16":
+            raise ValueError(
+                "compression 'powersgd' keeps errors, which fp16's changing loss scale would spoil; use bf16"
+            )
         return self
 
     @property

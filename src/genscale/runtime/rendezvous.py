@@ -55,12 +55,13 @@ def _from_tf_config(text: str) -> dict[str, str]:
         raise UserError(
             f"TF_CONFIG: genscale trains without {_NOT_TRAINED_ON[kind]}; start it on chief and workers only"
         )
-    members = {
+    me = (kind, _whole(index))
+    members: dict[tuple[Any, int | None], str] = {
         (name, position): address for name in _TRAINED_ON for position, address in enumerate(_addresses(cluster, name))
     }
-    if (kind, _whole(index)) not in members:
+    if me not in members:
         raise UserError(f"TF_CONFIG: task: no {kind!r} with index {index!r} in the cluster")
-    rank = list(members).index((kind, _whole(index)))
+    rank = list(members).index(me)
     addresses = list(members.values())
     hosts = [address.rpartition(":")[0] for address in addresses]
     return _variables(

@@ -40,6 +40,8 @@ class Progress:
     stopped_early: bool = False
     best_step: int | None = None
     best_loss: float | None = None
+    exchanged: int = 0
+    """Bytes that this process has sent to other groups, where groups train apart."""
     concerns: list[str] = field(default_factory=list)
     """Kinds of concern that were told of."""
 

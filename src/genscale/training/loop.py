@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from genscale.evaluation.held_out import held_out
-from genscale.parallel.traffic import Traffic, measured_traffic
+from genscale.parallel.traffic import Traffic, axes_of, measured_traffic
 from genscale.runtime.errors import UserError
 from genscale.runtime.peak import measured_anew
 from genscale.runtime.world import from_rank_0
@@ -28,7 +28,7 @@ def run_steps(job: Job) -> None:
         meter.start()
         job.profile.begin(step)
         if step == job.measured_step:
-            with measured_traffic(job.mesh.names_of_groups()) as traffic:
+            with measured_traffic(axes_of(*job.mesh.meshes)) as traffic:
                 measured, verdict = train_step(job, step)
             tell_traffic(job, traffic)
         else:
@@ -38,9 +38,11 @@ def run_steps(job: Job) -> None:
             progress, saved = job.progress, job.progress.step
             continue
         for outer in job.state.outer.values():
+            before = outer.bytes_sent
             outer.after_step(step + 1)
             if step + 1 == plan.steps:
                 outer.finish(step + 1)
+            progress.exchanged += outer.bytes_sent - before
         for average in job.state.averages.values():
             average.update(plan.batch)
         job.profile.end(step)

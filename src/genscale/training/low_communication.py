@@ -224,13 +224,6 @@ def _lies(tensor: Tensor) -> tuple[tuple[str, ...], list[Placement]]:
     return tensor.device_mesh.mesh_dim_names or (), placements
 
 
-def own_part(stacked: Tensor, group: int, groups: int) -> Tensor:
-    """A group's part of a whole tensor that :func:`by_group` wrote; of another number of groups, the mean."""
-    if len(stacked) == groups:
-        return stacked[group]
-    return stacked.double().mean(0).to(stacked.dtype)
-
-
 def _known(flat: Tensor) -> Tensor:
     return flat
 

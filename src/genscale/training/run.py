@@ -313,7 +313,7 @@ def finish(job: Job) -> None:
     best = {"step": progress.best_step, "loss": progress.best_loss} if progress.best_step is not None else None
     facts: dict[str, Any] = {"best": best, "step": progress.step, "seconds": progress.seconds}
     if job.state.outer:
-        facts["low_communication"] = {"bytes_sent": sum(outer.bytes_sent for outer in job.state.outer.values())}
+        facts["low_communication"] = {"bytes_sent": progress.exchanged}
     if not job.done:
         from_rank_0(lambda: job.run.record(status="interrupted", **facts))
         return

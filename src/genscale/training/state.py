@@ -81,7 +81,8 @@ class TrainingState:
                 own = {key: weights[key] for key in self.outer[name].shared}
                 flat |= self._of_groups(_prefixed(f"networks.{name}.", own) | _prefixed(f"optimizers.{name}.", states))
                 weights |= self.outer[name].shared
-                flat |= _prefixed(f"outer.{name}.", self.outer[name].tensors())
+                outer = self.outer[name].tensors()
+                flat |= _prefixed(f"outer.{name}.", {k: v for k, v in outer.items() if not k.startswith("shared.")})
             else:
                 flat |= _prefixed(f"optimizers.{name}.", states)
             flat |= _prefixed(f"networks.{name}.", weights)
