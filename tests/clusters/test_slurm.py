@@ -223,7 +223,7 @@ def test_a_job_that_is_preempted_and_requeued_ends_as_one_that_was_left_alone(
     preempted = Run.open(moved.directory).facts
     assert (preempted["status"], preempted["ranks"]) == ("interrupted", 2), moved.log.read_text()
 
-    moved.wait_for_steps(preempted["step"] + 5)  # Slurm ends it at once, which signals each process twice
+    moved.wait_for_steps(preempted["step"] + 5)  # Slurm ends it at once, and may signal a process twice
     assert subprocess.run(["scontrol", "requeue", moved.job]).returncode == 0
     wait_for(lambda: state(moved.job)["JobState"] == "PENDING", moved.log)
     requeued = Run.open(moved.directory).facts

@@ -74,7 +74,7 @@ def set_recompute(network: nn.Module, recompute: Recompute) -> None:
     """Of every stack of blocks in the network; those of captions' small encoders are included."""
     for module in network.modules():
         if hasattr(module, "recompute"):
-            module.recompute = recompute
+            module.recompute = recompute  # type: ignore[assignment]
 
 
 @runtime_checkable

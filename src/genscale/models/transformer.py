@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ class Transformer(nn.Module):
             cache: keys and values of earlier tokens; those of ``tokens`` are appended to it.
             positions: (tokens,) or (batch, tokens) int64; by default counted from 0, or on from the cache.
         """
-        inputs = {"tokens": tokens, "documents": documents, "cache": cache, "positions": positions}
+        inputs: dict[str, Any] = {"tokens": tokens, "documents": documents, "cache": cache, "positions": positions}
         x, _ = self.enter(**inputs)
         x = self.norm(self.blocks(x, None, self.around(x.dtype, **inputs)))
         if cache is not None:

@@ -26,7 +26,7 @@ from genscale.objectives.objective import Denoising, Loss, Phase
 from genscale.objectives.token_dropout import drop_tokens
 from genscale.objectives.unmasking import unmask
 from genscale.recipe.model import TransformerModel
-from genscale.recipe.objective import CausalObjective, InfillObjective, MaskedObjective, TextObjective
+from genscale.recipe.objective import CausalObjective, InfillObjective, MaskedObjective
 from genscale.recipe.schema import Recipe
 from genscale.runtime.errors import UserError
 from genscale.runtime.randomness import Rng
@@ -96,7 +96,8 @@ class _Language(Denoising):
     """What the three share."""
 
     shape: TransformerModel
-    options: TextObjective
+    options: Any
+    """The recipe's objective, of the kind of the class."""
     takes_parts = True  # the loss of a token is taken where the token is
     vocabulary: int
     """The tokenizer's number of tokens."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def shard_unit(
         dtype: of the copies that are computed with; None: the parameters' own.
         keep: the copies until the backward is over, as what is differentiated twice must.
     """
-    policy = {
+    policy: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=torch.accelerator.is_available())
         if layout.offload

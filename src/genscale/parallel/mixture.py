@@ -59,6 +59,6 @@ def _split_hidden(layer: MixtureFeedForward, region: Region) -> None:
     layer.register_forward_hook(lambda _, told, y: region.out_of(y))
 
 
-def _summed_both_ways(x: Tensor, group: ProcessGroup) -> Tensor:
+def _summed_both_ways(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """A sum that each rank takes its own part of a loss of: gradients are summed as well."""
     return copied(summed(x, group), group)

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -65,7 +65,7 @@ def without_data() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    nn.Module.register_parameter = register_shape  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_shape  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -120,8 +120,8 @@ def _place(
     runs = [(stage.network, stage.first, stage.last) for stage in stages.values()] or [(network, True, True)]
     tied = isinstance(network, Transformer) and network.shape.tied_head
 
-    inner = getattr(network, "network", network)  # past a learned uncertainty
-    views = [(getattr(run, "network", run), first, last) for run, first, last in runs]
+    inner: Any = getattr(network, "network", network)  # past a learned uncertainty
+    views: list[tuple[Any, bool, bool]] = [(getattr(run, "network", run), first, last) for run, first, last in runs]
     partial: set[str] = set()
     region = Region(mesh.along("tensor"), layout.sequence) if mesh.size("tensor") > 1 else None
     if mesh.size("context") > 1:

@@ -195,7 +195,7 @@ def _titles(*recipes: Recipe) -> list[str]:
     plain = Layout(replicate=1).model_dump(mode="json")
     titles = []
     for recipe in recipes:
-        sizes: dict[str, Any] = {**_sizes(recipe)}
+        sizes: dict[str, Any] = {str(axis): size for axis, size in _sizes(recipe).items()}
         layout = sizes | recipe.layout.model_dump(mode="json") | sizes  # the axes first
         named = [
             f"{name}={str(value).lower()}"

@@ -24,7 +24,9 @@ class Interruption:
 
 @contextmanager
 def watched_signals() -> Iterator[Interruption]:
-    """Within, a first SIGINT or SIGTERM is noted, to be acted on between steps; a second one acts at once.
+    """Within, a first SIGINT or SIGTERM is noted, to be acted on between steps; a second SIGINT acts at once.
+
+    Schedulers send SIGTERM more than once, and so may launchers: that never keeps a run from saving.
 
     Python lets only the main thread watch signals; elsewhere (a notebook's worker) nothing is noted.
     """
@@ -41,7 +43,8 @@ def watched_signals() -> Iterator[Interruption]:
 
     def note(number: int, frame: FrameType | None) -> None:
         interruption.signal = number
-        restore()
+        if number == signal.SIGINT:
+            restore()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)
