@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from layouts import assert_same_curve, gradient_norms, train_all
+from ranks import Ranks, codes, lines
 
 from genscale.recipe.layout import AXES, Layout
+from genscale.recipe.load import recipe_to_yaml
 from genscale.recipe.schema import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -109,3 +111,17 @@ def test_the_axes_of_a_layout_multiply_to_the_processes() -> None:
         Layout(shard=2, tensor=4).sizes(12)
     with pytest.raises(ValueError, match="replicate 2 needs 2 processes, but there is 1"):
         Layout(replicate=2).sizes(1)
+
+
+def test_an_image_whose_patches_cannot_be_shared_is_one_line(recipe_of: MakeRecipe, tmp_path: Path) -> None:
+    recipe = recipe_of("flow", **{"model": {**TRANSFORMER, "patch": 4}, "layout.context": 4})  # 4 tokens for 8 portions
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_to_yaml(recipe))
+    program = f"""
+from genscale.cli.main import main
+main(["train", {str(file)!r}])
+"""
+    ended = Ranks(program, 4).end(60)
+    assert codes(ended) == [2] * 4
+    [line] = [line for line in lines(ended) if line.startswith("error: ")]
+    assert "model.patch (4) of 8 pixels (4 tokens) must be a multiple of twice layout.context (4)" in line

@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 import torch
 
+from genscale.data.description import Description, ImageDescription
 from genscale.models.blocks import set_recompute
 from genscale.objectives.build import build_objective
 from genscale.objectives.objective import Objective
 from genscale.parallel.compression import HalfSum, PowerSGD
-from genscale.parallel.fit import fitted_sizes
+from genscale.parallel.fit import check_sequence, fitted_sizes
 from genscale.parallel.gradients import Compressor, PlainSum
 from genscale.parallel.mesh import Mesh
 from genscale.parallel.parallelize import parallelize, without_data
 from genscale.recipe.dialect import read_yaml
+from genscale.recipe.image_model import DiffusionTransformerModel
 from genscale.recipe.layout import Axis, Layout
 from genscale.recipe.load import differences, recipe_from_mapping, recipe_to_yaml
 from genscale.recipe.schema import Recipe
@@ -199,6 +201,7 @@ def make_job(
     whole = None
     if layout.sharded or mesh.size("context") > 1:
         whole = WholeCopy(recipe, inputs.described, objective, world)
+    from_rank_0(lambda: _check_images(recipe, inputs.described, objective, mesh))
     flops, parameters = objective.flops_per_sample(), _parameters(objective)
     for network in objective.networks.values():
         set_recompute(network, layout.recompute)
@@ -246,6 +249,17 @@ def make_job(
         early_stopping=EarlyStopping(stopping) if stopping else None,
         **watched,
     )
+
+
+def _check_images(recipe: Recipe, described: Description, objective: Objective, mesh: Mesh) -> None:
+    """Raise UserError where the patches of images, of which the data tells, cannot be shared as the layout says."""
+    model = recipe.model
+    if not isinstance(model, DiffusionTransformerModel) or not isinstance(described, ImageDescription):
+        return
+    told = getattr(objective, "conditioning", None)
+    words = described.caption_tokens if told is not None and told.kind == "text" else 0
+    tokens = (described.resolution // model.patch) ** 2 + words
+    check_sequence(recipe, mesh.sizes, tokens, f"model.patch ({model.patch}) of {described.resolution} pixels")
 
 
 def _compressor(layout: Layout) -> Compressor:
