@@ -36,7 +36,7 @@ CASES = {
     "gan": ("adversarial", 8, False),
 }
 """Objective, number of kills, and whether checkpoints are torn in between."""
-TIMINGS = ("seconds", "samples_per_second", "tokens_per_second", "utilisation")
+TIMINGS = ("seconds", "checkpoint_pause_seconds", "samples_per_second", "tokens_per_second", "utilisation")
 
 Life = subprocess.Popen[bytes] | BaseProcess
 

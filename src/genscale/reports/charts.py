@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-_CLOCK = ("step", "samples", "tokens", "seconds")
+_CLOCK = ("step", "samples", "tokens", "seconds", "checkpoint_pause_seconds")
 """Where a line stands; not curves."""
 _POINTS = 500
 """At most so many buckets of a curve are drawn, each by its lowest and its highest point."""

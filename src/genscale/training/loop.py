@@ -175,6 +175,7 @@ def log_step(job: Job, step: int, measured: dict[str, float], meter: Meter) -> N
         "samples_per_second": rate,
         "utilisation": utilisation(job, rate),
         "seconds": job.progress.seconds,
+        "checkpoint_pause_seconds": job.checkpoints.pause_seconds,
     }
     if plan.clock.tokens_per_sample:
         values["tokens"] = values["samples"] * plan.clock.tokens_per_sample
