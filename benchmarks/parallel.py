@@ -146,9 +146,12 @@ def wait(processes: list[subprocess.Popen[bytes]], grace: float = 20.0) -> None:
 def together(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One dictionary from that of each rank: they wait for each other, their CPU time adds up."""
     first, *_ = ranks
+    per_second = min(rank["per_second"] for rank in ranks)
+    per_cpu_second = 1 / sum(1 / rank["per_cpu_second"] for rank in ranks)
     return first | {
-        "per_second": min(rank["per_second"] for rank in ranks),
-        "per_cpu_second": 1 / sum(1 / rank["per_cpu_second"] for rank in ranks),
+        "per_second": per_second,
+        "per_cpu_second": per_cpu_second,
+        "cores": per_second / per_cpu_second,  # fewer than it has threads: it waited, or others had them
         "peak_memory_mb": max(rank["peak_memory_mb"] for rank in ranks),
     }
 
@@ -169,7 +172,7 @@ class Rounds:
                     continue
                 self.loads.append(os.getloadavg()[0])
                 try:
-                    figures.append(measure(contender))
+                    figures.append(measure(contender) | {"load": self.loads[-1]})
                     told = ", ".join(f"{key} {figures[-1][key]:,.0f}" for key in ("per_second", "per_cpu_second"))
                 except RuntimeError as error:
                     self.failed[contender] = str(error)
@@ -212,7 +215,7 @@ def print_cpu_table(rounds: Rounds, title: str) -> None:
     for contender in rounds.figures:
         start = f"| {contender.layout} | {contender.who} |"
         if contender in rounds.failed:
-            print(start, f"does not run: {rounds.failed[contender].splitlines()[-1][:120]} | | | | | |")
+            print(start, f"does not run: {rounds.failed[contender].splitlines()[-1][:120]} | | | | | | |")
             continue
         if not rounds.figures[contender]:
             continue
@@ -223,6 +226,7 @@ def print_cpu_table(rounds: Rounds, title: str) -> None:
             shown(of_layout and rounds.ratio(of_layout, contender)),
             f"{rounds.median(contender, 'per_cpu_second'):,.0f}",
             shown(of_layout and rounds.ratio(of_layout, contender, "per_cpu_second")),
+            f"{rounds.median(contender, 'cores'):.2f}",
             f"{rounds.median(contender, 'peak_memory_mb'):,.0f}",
         ]
         print(start, " | ".join(cells), "|")

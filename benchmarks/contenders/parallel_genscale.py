@@ -6,7 +6,7 @@ import json
 
 from figures import Figures
 from kernels import milliseconds_by_category
-from ranks import arguments, device, report
+from ranks import RANK, arguments, device, report
 from torch.profiler import profile, supported_activities
 
 from genscale.recipe.load import recipe_from_mapping
@@ -65,12 +65,12 @@ def main() -> None:
 
     loop.train_step = watched
     run = train(recipe, show_progress=False)
+    others: dict[str, object] = {}
     if recorded:
-        by_category = milliseconds_by_category(recorded[0], PROFILED)
-        peak = run.facts["peak"]["flops"]
-        report(figures, steps, milliseconds=by_category, flops=run.facts["flops_per_sample"], peak=peak)
-    else:
-        report(figures, steps)
+        others["milliseconds"] = milliseconds_by_category(recorded[0], PROFILED)
+    if RANK == 0:  # which writes the facts
+        others |= {"flops": run.facts["flops_per_sample"], "peak": run.facts["peak"]["flops"]}
+    report(figures, steps, **others)
 
 
 if __name__ == "__main__":
